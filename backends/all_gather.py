@@ -1,0 +1,26 @@
+"""All-gather attention: every rank gathers all keys and values, and reduce-scatters their gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from cphandler.core_attention import OptionalArguments
+from cphandler.layout_handler import LayoutHandler
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class AllGatherHandler(LayoutHandler):
+    """Queries stay; the keys and values of all ranks are held while a layer computes, and not longer."""
+
+    comm_type = "all_gather"
+
+    def core_attn(
+        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
+    ) -> Any:
+        """See :meth:`ContextParallelHandler.core_attn`."""
+        call = self.attention_call(attn_mod, query, key, value, options)
+        return call.result(*self.attend(call, exchange="all_gather"))

@@ -1,0 +1,36 @@
+"""Everything about context parallelism that does not change from batch to batch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class CPConfig(BaseModel):
+    """Settings of a handler; frozen, validated, the same on every rank.
+
+    Attributes:
+        kernel: what computes attention: ``"auto"`` (the fastest one for the device and dtype),
+            ``"torch"`` (the flash kernels inside torch), ``"reference"`` (dense arithmetic), or a name
+            registered with :func:`cphandler.kernels.register_kernel`.
+        deterministic: use only kernels whose results have the same bits in two runs. The CPU kernels always do;
+            torch's CUDA kernels do not in their backward pass.
+        check_consistency: when to compare the batch across ranks before the first exchange: for every
+            handler, for the first handler of a group, or never.
+        timeout: seconds the check waits for the slowest rank; None leaves it to the process group.
+        ulysses_degree: not available yet; must be None. (Ranks of the inner group under ``a2a+p2p``.)
+        tile: not available yet; must be None. (Rows of the kernel's tile, for planners that round work up to it.)
+        gradient_wire_dtype: not available yet; must be None. (Dtype in which key and value gradients travel, where it
+            is not the accumulator's.)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kernel: str = "auto"
+    deterministic: bool = False
+    check_consistency: Literal["always", "first", "never"] = "always"
+    timeout: float | None = Field(default=None, gt=0)
+    ulysses_degree: int | None = Field(default=None, ge=1)
+    tile: int | None = Field(default=None, ge=1)
+    gradient_wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -1,0 +1,178 @@
+"""The demo's command line: which runs, on which ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cphandler import get_cp_handler_cls
+from cphandler.demo.corpus import packed_batches
+from cphandler.demo.report import Comparison, compare, print_table, write_json, write_plot
+from cphandler.demo.training import RunResult, RunSettings, train
+from cphandler.errors import InvalidValueError
+from cphandler.testing import RankPool, partition_group
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+RUN_LIMIT = 24 * 3600.0
+"""Seconds one run may take before its ranks are ended."""
+
+
+@app.command()
+def demo(
+    *,
+    backend: Annotated[list[str] | None, typer.Option(help="Backend; repeat for several.")] = None,
+    cp_comm_type: Annotated[str | None, typer.Option(help="Comm type, for backends that have several.")] = None,
+    cp_size: Annotated[list[int] | None, typer.Option(help="Ranks; repeat for several. Under torchrun: all.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a packed batch.", min=2)] = 2048,
+    steps: Annotated[int, typer.Option(help="Training steps, one packed batch each.", min=1)] = 50,
+    exact_steps: Annotated[int, typer.Option(help="Steps of the same runs in float64; 0 for none.", min=0)] = 10,
+    dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
+    layout: Annotated[str | None, typer.Option(help="Layout; the backend's own if not given.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the JSON file.")] = Path("demo_output"),
+) -> None:
+    """Train a small GPT on packed real documents on one rank, then under context parallelism, and compare.
+
+    The documents are the sources of Python's standard library. Starts its own ranks on this machine; under torchrun it
+    uses the ranks it is given, with NCCL on GPUs and gloo otherwise. Exits with 1 if a run differs from one rank.
+    """
+    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    sizes = [int(os.environ["WORLD_SIZE"])] if distributed else (cp_size or [2, 4])
+    wanted = [
+        RunSettings(backend=name, cp_comm_type=cp_comm_type, cp_size=size, layout=layout, dtype=dtype)
+        for size in sizes
+        for name in (backend or ["ulysses", "ring"])
+    ]
+    check(wanted, dtype, cp_size if distributed else None)
+    launcher = TorchrunRanks() if distributed else LocalRanks()
+    console = Console(quiet=not launcher.is_first)
+    comparisons: list[Comparison] = []
+    kinds = [(dtype, steps)] + ([("float64", exact_steps)] if exact_steps and dtype != "float64" else [])
+    with launcher:
+        for kind, count in kinds:
+            console.print(f"{count} steps of {seq_len:,} tokens in {kind}, one thread a rank on CPUs")
+            batches = packed_batches(count, seq_len) if launcher.is_first else []
+            runs = [replace(settings, dtype=kind) for settings in wanted]
+            comparisons += compare_runs(launcher, runs, batches)
+    if launcher.is_first:
+        show(console, comparisons, output, {"seq_len": seq_len, "steps": steps, "exact_steps": exact_steps})
+    if not all(row.agrees for row in comparisons):
+        raise typer.Exit(1)
+
+
+def check(wanted: list[RunSettings], dtype: str, cp_size: list[int] | None) -> None:
+    """Refuse what cannot run before any rank starts.
+
+    Raises:
+        InvalidValueError: an unknown backend or dtype, or a cp size that is not torchrun's.
+    """
+    for settings in wanted:
+        get_cp_handler_cls(settings.backend, settings.cp_comm_type)
+    if dtype not in ("float32", "float64", "bfloat16"):
+        raise InvalidValueError("unknown dtype", got=repr(dtype), fix="choose float32, float64 or bfloat16")
+    if cp_size is not None and cp_size != [int(os.environ["WORLD_SIZE"])]:
+        raise InvalidValueError(
+            "under torchrun the cp size is the number of ranks", got=cp_size, fix="leave --cp-size out"
+        )
+
+
+def compare_runs(launcher: Any, runs: list[RunSettings], batches: list[dict[str, Any]]) -> list[Comparison]:
+    """The one-rank run, then each of the others beside it."""
+    alone = RunSettings(dtype=runs[0].dtype)
+    reference = launcher.run(alone, batches)
+    comparisons = [compare(alone, reference, None)] if launcher.is_first else []
+    for settings in runs:
+        results = launcher.run(settings, batches)
+        if launcher.is_first:
+            comparisons.append(compare(settings, results, reference[0]))
+    return comparisons
+
+
+def show(console: Console, comparisons: list[Comparison], output: Path, arguments: dict[str, Any]) -> None:
+    """Table, picture and JSON."""
+    output.mkdir(parents=True, exist_ok=True)
+    print_table(console, comparisons)
+    write_json(output / "demo.json", comparisons, arguments)
+    write_plot(output / "demo.png", comparisons)
+    console.print(f"wrote {output / 'demo.png'} and {output / 'demo.json'}")
+
+
+def train_with_progress(
+    settings: RunSettings, batches: list[dict[str, Any]], group: dist.ProcessGroup | None, device: str
+) -> RunResult:
+    """Train; the first rank shows a progress bar."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, disable=dist.get_rank() != 0) as progress:
+        task = progress.add_task(f"{settings.name} {settings.dtype}", total=len(batches))
+        return train(settings, batches, group=group, device=device, on_step=lambda: progress.advance(task))
+
+
+def train_on_pool(settings: RunSettings, batches: list[dict[str, Any]]) -> RunResult:
+    """A run on all ranks of a pool."""
+    group = partition_group([range(settings.cp_size)]) if settings.cp_size > 1 else None
+    return train_with_progress(settings, batches, group, "cpu")
+
+
+class LocalRanks:
+    """Ranks that the demo starts on this machine, kept from run to run."""
+
+    is_first = True
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+
+    def __enter__(self) -> None:
+        """Nothing starts before a run needs it."""
+
+    def __exit__(self, *error: object) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+    def run(self, settings: RunSettings, batches: list[dict[str, Any]]) -> list[RunResult]:
+        """Every rank's result."""
+        pool = self._pools.setdefault(settings.cp_size, RankPool(settings.cp_size))
+        return pool.run(train_on_pool, settings, batches, timeout=RUN_LIMIT)
+
+
+class TorchrunRanks:
+    """The ranks torchrun started, on one machine or several."""
+
+    def __init__(self) -> None:
+        self.is_first = int(os.environ["RANK"]) == 0
+        on_gpu = torch.cuda.is_available()
+        self._device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
+        self._backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+
+    def __enter__(self) -> None:
+        if self._device != "cpu":
+            torch.cuda.set_device(self._device)
+        else:
+            torch.set_num_threads(1)
+        # The other ranks wait while the first one trains alone.
+        dist.init_process_group(self._backend, timeout=timedelta(seconds=RUN_LIMIT))
+
+    def __exit__(self, *error: object) -> None:
+        dist.destroy_process_group()
+
+    def run(self, settings: RunSettings, batches: list[dict[str, Any]]) -> list[RunResult]:
+        """Every rank's result on the first rank; the first rank's documents are everyone's."""
+        if settings.cp_size == 1 and dist.get_world_size() > 1:
+            results = [train_with_progress(settings, batches, None, self._device)] if self.is_first else []
+            dist.barrier()
+            return results
+        shared = [batches]
+        dist.broadcast_object_list(shared, src=0)
+        group = dist.group.WORLD if settings.cp_size > 1 else None
+        result = train_with_progress(settings, shared[0], group, self._device)
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, result)
+        return gathered

@@ -1,0 +1,440 @@
+"""The contract: what a training loop and a model may ask of context parallelism."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cphandler.comm import device_of
+from cphandler.config import CPConfig
+from cphandler.core_attention import OptionalArguments
+from cphandler.dispatch import GradMode
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.layout import Layout
+from cphandler.mask import Mask, make_mask
+from cphandler.mesh import GroupSource, resolve_group
+from cphandler.rope import Freqs, deinterleaved, flat_table, rotate, yarn_scale
+from cphandler.sequence import Documents, Offsets, checked_offsets
+from cphandler.stream import Fragments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
+"""Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
+
+FreqsMode: TypeAlias = Literal["per_document", "packed"]
+"""Whether a rope table counts positions from each document's start, or has one row per packed token."""
+
+
+class ContextParallelHandler(ABC):
+    """One batch under context parallelism; the object a training loop makes and a model uses.
+
+    L is the number of local rows, S (or T) of global tokens, N of query heads, D the head dim.
+
+    Args:
+        cp_group: the ranks that share each sequence: a process group, a 1-D device mesh, or None for one rank.
+        qkv_format: ``"sbhd"``, ``"bshd"`` or ``"thd"``.
+        cu_seqlens_q: ``thd``: ``[D + 1]`` offsets of the valid tokens, global, before any split over ranks.
+        cu_seqlens_kv: the same for keys; must equal ``cu_seqlens_q`` (cross attention is not available yet).
+        cu_seqlens_q_padded: ``thd``: physical offsets where documents are padded at their ends; tensors then have that
+            length.
+        cu_seqlens_kv_padded: the same for keys.
+        max_seqlen_q: dense formats: the global sequence length S, required. ``thd``: at least the longest physical
+            document, which is the default.
+        max_seqlen_kv: the same for keys; must equal ``max_seqlen_q``.
+        key_padding_mask: dense formats: ``[B, S]`` bool, True for a real token; left padding, right padding and holes
+            are all exact.
+        local_cp_size: dynamic context parallelism: how many ranks this batch uses; must be the size of ``cp_group``.
+        mask: ``"causal"``, ``"full"`` or a :class:`Mask`.
+        layout: a name, a :class:`Layout`, or None for the class's default.
+        config: settings that do not change from batch to batch.
+
+    Raises:
+        InvalidTypeError: arguments of a wrong type or dtype.
+        InvalidValueError: arguments that contradict each other or the group.
+        UnsupportedError: what this class cannot do, naming what can.
+    """
+
+    comm_type: ClassVar[str] = "none"
+    """How this class communicates: ``"none"``, ``"a2a"``, ``"ring"``, ``"all_gather"``, ..."""
+
+    def __init__(
+        self,
+        *,
+        cp_group: GroupSource = None,
+        qkv_format: Format = "sbhd",
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_kv: Offsets | None = None,
+        cu_seqlens_q_padded: Offsets | None = None,
+        cu_seqlens_kv_padded: Offsets | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
+        key_padding_mask: Tensor | None = None,
+        local_cp_size: int | None = None,
+        mask: str | Mask = "causal",
+        layout: str | Layout | None = None,
+        config: CPConfig | None = None,
+    ) -> None:
+        self.config = CPConfig() if config is None else config
+        if not isinstance(self.config, CPConfig):
+            raise InvalidTypeError("config must be a CPConfig", got=type(config).__name__)
+        if qkv_format not in ("sbhd", "bshd", "thd"):
+            raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
+        self.qkv_format: Format = qkv_format
+        self._group = resolve_group(cp_group)
+        self._check_local_cp_size(local_cp_size)
+        self.mask = make_mask(mask)
+        self._refuse_cross_attention(
+            {
+                "cu_seqlens_kv": (cu_seqlens_q, cu_seqlens_kv),
+                "cu_seqlens_kv_padded": (cu_seqlens_q_padded, cu_seqlens_kv_padded),
+                "max_seqlen_kv": (max_seqlen_q, max_seqlen_kv),
+            }
+        )
+        self.padded_rows: Documents | None = None
+        if qkv_format == "thd":
+            self.documents = self._packed_documents(cu_seqlens_q, cu_seqlens_q_padded, key_padding_mask)
+            self.max_seqlen_q = self._checked_max_seqlen(max_seqlen_q)
+        else:
+            given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_q_padded": cu_seqlens_q_padded}
+            self._refuse_offsets({name: value for name, value in given.items() if value is not None})
+            self.documents = self._dense_document(max_seqlen_q, key_padding_mask)
+            self.max_seqlen_q = self.documents.num_tokens
+        self.device = self._device(cu_seqlens_q, key_padding_mask)
+        self.prepare(layout)
+
+    def prepare(self, layout: str | Layout | None) -> None:
+        """Build what follows from the checked metadata; called once, at the end of construction.
+
+        Args:
+            layout: what the caller asked for. A class that brings its own layout refuses it.
+        """
+        if layout is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__} brings its own layout", got=repr(layout), fix="pass layout=None"
+            )
+
+    def _check_local_cp_size(self, local_cp_size: int | None) -> None:
+        if local_cp_size is not None and local_cp_size != self.cp_size:
+            raise InvalidValueError(
+                "local_cp_size must be the size of cp_group",
+                got=f"{local_cp_size} with a group of {self.cp_size}",
+                fix="pass the group this batch uses; cp_group=None for local_cp_size=1",
+            )
+
+    @staticmethod
+    def _refuse_cross_attention(pairs: dict[str, tuple[Any, Any]]) -> None:
+        """Accept key metadata that repeats the query's, as packed-sequence parameters often do."""
+        for name, (query, key) in pairs.items():
+            if key is None or key is query:
+                continue
+            same = (
+                query == key
+                if isinstance(key, int)
+                else query is not None and np.array_equal(checked_offsets(query, name), checked_offsets(key, name))
+            )
+            if not same:
+                raise UnsupportedError(
+                    f"{name} differs from its query twin, and cross attention is not available yet",
+                    fix="leave it None for self attention",
+                )
+
+    @staticmethod
+    def _packed_documents(
+        cu_seqlens: Offsets | None, padded: Offsets | None, key_padding_mask: Tensor | None
+    ) -> Documents:
+        if cu_seqlens is None:
+            raise InvalidValueError("qkv_format 'thd' needs cu_seqlens_q", fix="pass global offsets such as [0, 5, 12]")
+        if key_padding_mask is not None:
+            raise InvalidValueError(
+                "key_padding_mask belongs to the dense formats",
+                fix="with thd, pass cu_seqlens_q (valid) and cu_seqlens_q_padded (physical)",
+            )
+        return Documents.from_cu_seqlens(cu_seqlens, padded, name="cu_seqlens_q")
+
+    def _checked_max_seqlen(self, max_seqlen: int | None) -> int:
+        longest = self.documents.max_length
+        if max_seqlen is not None and int(max_seqlen) < longest:
+            raise InvalidValueError(
+                "max_seqlen_q is shorter than the longest document",
+                got=f"{int(max_seqlen)} for {longest} tokens",
+                fix="pass the global maximum, or None",
+            )
+        return longest if max_seqlen is None else int(max_seqlen)
+
+    def _refuse_offsets(self, given: dict[str, Offsets]) -> None:
+        if given:
+            raise InvalidValueError(
+                f"qkv_format {self.qkv_format!r} is dense and takes no {' or '.join(given)}",
+                fix="use qkv_format='thd' for packed documents, or key_padding_mask for a padded dense batch",
+            )
+
+    def _dense_document(self, max_seqlen: int | None, key_padding_mask: Tensor | None) -> Documents:
+        if max_seqlen is None:
+            raise InvalidValueError(
+                f"qkv_format {self.qkv_format!r} needs max_seqlen_q",
+                fix="pass the global sequence length S, before the split over ranks",
+            )
+        if isinstance(max_seqlen, bool) or int(max_seqlen) != max_seqlen or max_seqlen < 0:
+            raise InvalidValueError("max_seqlen_q must be a sequence length", got=repr(max_seqlen))
+        if key_padding_mask is not None:
+            self.padded_rows = Documents.from_attention_mask(key_padding_mask, name="key_padding_mask")
+            if key_padding_mask.shape[1] != max_seqlen:
+                raise InvalidValueError(
+                    "key_padding_mask must cover the global sequence",
+                    got=f"{key_padding_mask.shape[1]} columns for max_seqlen_q {max_seqlen}",
+                    fix="pass the [B, S] mask as it was before the split over ranks",
+                )
+        return Documents.dense(int(max_seqlen))
+
+    def _device(self, *metadata: object) -> torch.device:
+        """Where facts such as ``position_ids`` live: with the metadata, else where the group communicates."""
+        for value in metadata:
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                return value.device
+        on_host = not self._group.name or "cpu" in str(device_of(self._group.source))
+        return torch.device("cpu") if on_host else device_of(self._group.source)
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share each sequence."""
+        return self._group.size
+
+    @property
+    def cp_rank(self) -> int:
+        """This process's rank among them."""
+        return self._group.rank
+
+    @property
+    def group(self) -> Any:
+        """The process group; None with one rank and no group."""
+        return self._group.source
+
+    @property
+    def seq_dim(self) -> int:
+        """The sequence dim of queries, keys and values in ``qkv_format``."""
+        return 1 if self.qkv_format == "bshd" else 0
+
+    @property
+    @abstractmethod
+    def position_ids(self) -> Tensor:
+        """``[L]`` int64 position of each local row in its document; for a dense batch, in every row of it."""
+
+    @property
+    @abstractmethod
+    def valid_mask(self) -> Tensor:
+        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a local row holds a real token."""
+
+    @property
+    @abstractmethod
+    def num_local_tokens(self) -> int:
+        """Physical rows L this rank holds."""
+
+    @property
+    def sequence_sharded(self) -> bool:
+        """True where ranks hold different tokens."""
+        return self.cp_size > 1
+
+    @property
+    def effective_cp_size(self) -> int:
+        """How many parts the tokens are in: what losses and gradients are scaled by."""
+        return self.cp_size if self.sequence_sharded else 1
+
+    def agree(self, call: str, error: Exception | None = None) -> None:
+        """Check that all ranks of the group hold this batch; nothing to do for a class that leaves it to its engine.
+
+        Args:
+            call: what this rank is about to do, in words that must be the same on all ranks.
+            error: what this rank is about to raise; it then only tells the others.
+        """
+        del call, error
+
+    @abstractmethod
+    def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
+        """This rank's rows of a global tensor that is the same on every rank.
+
+        Args:
+            tensor: ``[..., S, ...]``, any dtype and strides.
+            seq_dim: dim of the sequence; negative counts from the end.
+            pad_value: what a pad row holds.
+            stream: ``"q"``; ``"kv"`` is not available yet.
+
+        Returns:
+            ``[..., L, ...]``; with one rank the argument itself. The backward pass gives every rank the full gradient.
+
+        Raises:
+            InvalidTypeError: not a tensor first and an int second.
+            InvalidValueError: the dim does not exist or is not S long.
+        """
+
+    @abstractmethod
+    def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
+        """All ranks' rows in global order, bit for bit: ``combine(dispatch(x)) == x``.
+
+        Args:
+            tensor: ``[..., L, ...]``, any dtype and strides.
+            seq_dim: dim of the sequence.
+            grad: what the incoming gradient means. ``"replicated"``: all ranks compute the same loss; this rank's
+                slice. ``"sum"``: each rank computes its own part; a reduce-scatter. ``"scaled"``: the slice times
+                ``cp_size``.
+            stream: ``"q"``; ``"kv"`` is not available yet.
+
+        Returns:
+            ``[..., S, ...]`` on every rank; with one rank the argument itself.
+
+        Raises:
+            InvalidTypeError: not a tensor first and an int second.
+            InvalidValueError: the dim does not exist or is not L long, or an unknown ``grad``.
+        """
+
+    @abstractmethod
+    def roll_tensor(
+        self,
+        tensor: Tensor | None,
+        shifts: int = -1,
+        dims: int = -1,
+        *,
+        fill_value: float = 0,
+        return_sum: bool = True,
+        stream: str = "q",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Shift a local tensor along the sequence inside each document, across ranks.
+
+        Token t gets the value of token ``t - shifts`` where both are real tokens of one document, else ``fill_value``.
+        With documents ``[1, 2, 3 | 4, 5]`` and ``shifts=-1`` the result is ``[2, 3, 0 | 5, 0]``, whatever the layout.
+
+        Args:
+            tensor: ``[..., L, ...]``, any dtype; None gives ``(None, None)``. With a key-padding mask the sequence and
+                the batch are the first two dims, in either order.
+            shifts: tokens to shift by; negative moves later tokens forward, as labels want it.
+            dims: dim of the sequence.
+            fill_value: what rows hold that no token reaches.
+            return_sum: also return the sum of the rolled tensor.
+            stream: ``"q"``; ``"kv"`` is not available yet.
+
+        Returns:
+            The rolled tensor and its sum over this rank's rows (None without ``return_sum``). Differentiable.
+        """
+
+    @abstractmethod
+    def core_attn(
+        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
+    ) -> Any:
+        """Attention of this rank's queries over every key its mask lets them see, wherever it lives.
+
+        Args:
+            attn_mod: None for the built-in kernels, a :class:`CoreAttention`, or, where the algorithm has whole
+                documents to give it, a callable (see :class:`AttentionModule`).
+            query: ``[L, B, N, D]``, ``[B, L, N, D]`` or ``[L, N, D]``, by ``qkv_format``.
+            key: the same with G heads; N divisible by G.
+            value: the same with G heads and head dim D_v.
+            options: see :class:`AttentionOptions`.
+
+        Returns:
+            ``[..., N, D_v]`` in the query's format and dtype, zero where a row sees nothing; an
+            :class:`AttentionResult` when ``return_lse`` is asked for.
+        """
+
+    def rope(
+        self,
+        tensor: Tensor,
+        freqs: Freqs,
+        *,
+        interleaved: bool = False,
+        mscale: float = 1.0,
+        inverse: bool = False,
+        stream: str = "q",
+    ) -> Tensor:
+        """Rotate local rows by local rows of a rope table; commutes with :meth:`dispatch`.
+
+        Args:
+            tensor: queries or keys in ``qkv_format``.
+            freqs: angles in radians, ``[L, R]`` or ``[L, 1, 1, R]`` with R the whole rotary dim, or a pair (cos, sin),
+                from :meth:`get_emb_on_this_cp_rank`. Channels from R on pass through.
+            interleaved: channels are paired (0, 1), (2, 3), ... instead of (i, i + R / 2).
+            mscale: factor on cos and sin.
+            inverse: undo the rotation.
+            stream: ``"q"``; ``"kv"`` is not available yet.
+
+        Raises:
+            InvalidValueError: freqs of another length than L, or a rotary dim that does not fit.
+        """
+        refuse_key_stream(stream)
+        return rotate(tensor, freqs, seq_dim=self.seq_dim, interleaved=interleaved, mscale=mscale, inverse=inverse)
+
+    def apply_rotary_pos_emb(self, tensor: Tensor, freqs: Freqs, config: Any = None, *, stream: str = "q") -> Tensor:
+        """:meth:`rope` with the settings of a Megatron-style config.
+
+        Args:
+            tensor: queries or keys in ``qkv_format``.
+            freqs: local rows of the rope table.
+            config: read for ``rotary_interleaved``, ``multi_latent_attention`` (channels are first taken apart into
+                even and odd ones) and YaRN's scale; None for the defaults.
+            stream: ``"q"``; ``"kv"`` is not available yet.
+        """
+        if getattr(config, "multi_latent_attention", False):
+            table = freqs[0] if isinstance(freqs, tuple) else freqs
+            tensor = deinterleaved(tensor, table.shape[-1])
+        interleaved = bool(getattr(config, "rotary_interleaved", False))
+        return self.rope(tensor, freqs, interleaved=interleaved, mscale=yarn_scale(config), stream=stream)
+
+    def get_rotary_seq_len(self, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> int:
+        """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank."""
+        refuse_key_stream(stream)
+        if freqs_mode not in ("per_document", "packed"):
+            raise InvalidValueError("unknown freqs_mode", got=repr(freqs_mode), fix="choose per_document or packed")
+        return self.documents.num_tokens if freqs_mode == "packed" else self.documents.max_length
+
+    def get_emb_on_this_cp_rank(self, emb: Freqs, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> Any:
+        """The rows of a rope table that belong to this rank's tokens.
+
+        Args:
+            emb: a table of at least :meth:`get_rotary_seq_len` rows, ``[rows, R]`` or ``[rows, 1, 1, R]``, or a pair
+                (cos, sin).
+            freqs_mode: ``"per_document"``, rows count from each document's start; ``"packed"``, one per packed token.
+            stream: ``"q"``; ``"kv"`` is not available yet.
+
+        Returns:
+            ``L`` rows in the shape of ``emb``; a pair for a pair.
+
+        Raises:
+            InvalidValueError: a table that is too short.
+        """
+        needed = self.get_rotary_seq_len(freqs_mode=freqs_mode, stream=stream)
+        tables = emb if isinstance(emb, tuple) else (emb,)
+        for part in tables:
+            if flat_table(part, "the rope table").shape[0] < needed:
+                raise InvalidValueError(
+                    "the rope table is too short",
+                    got=f"{part.shape[0]} rows, {needed} needed",
+                    fix=f"build it with get_rotary_seq_len(freqs_mode={freqs_mode!r}) rows",
+                )
+        local = [part.index_select(0, self._table_rows(freqs_mode, part.device)) for part in tables]
+        return tuple(local) if isinstance(emb, tuple) else local[0]
+
+    def _table_rows(self, freqs_mode: FreqsMode, device: torch.device) -> Tensor:
+        """``[L]`` row of the rope table for each local row; a handler with ``"packed"`` tables overrides this."""
+        if freqs_mode == "packed":
+            raise UnsupportedError(
+                f"{type(self).__name__} has no packed rope tables", fix="use freqs_mode='per_document'"
+            )
+        return self.position_ids.to(device)
+
+    @property
+    def fragments(self) -> Fragments:
+        """The runs of one document each that this rank holds."""
+        raise UnsupportedError(f"{type(self).__name__} does not list its fragments")
+
+
+def refuse_key_stream(stream: str) -> None:
+    """Refuse the key stream until cross attention is there."""
+    if stream == "kv":
+        raise UnsupportedError("stream='kv' is not available yet: cross attention comes later", fix="use stream='q'")
+    if stream != "q":
+        raise InvalidValueError("unknown stream", got=repr(stream), fix="use 'q'")

@@ -1,0 +1,56 @@
+"""Integer tables of half-open intervals, and how to join them without a Python loop."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Table: TypeAlias = npt.NDArray[np.int64]
+"""Integer columns, one row per item; int64 throughout the library."""
+
+Flags: TypeAlias = npt.NDArray[np.bool_]
+"""One truth value per row of a table."""
+
+UNBOUNDED = 1 << 62
+"""Sentinel for infinity in band bounds: adding any token index to it cannot overflow int64."""
+
+
+def table(rows: object, columns: int) -> Table:
+    """Make an int64 table ``[n, columns]`` from nested sequences or an array; empty input gives ``n = 0``."""
+    return np.asarray(rows, dtype=np.int64).reshape(-1, columns)
+
+
+def frozen(array: Table) -> Table:
+    """Make an array read-only, so that values that hold it stay immutable."""
+    array = np.ascontiguousarray(array, dtype=np.int64)
+    array.setflags(write=False)
+    return array
+
+
+def offsets_of(lengths: Table) -> Table:
+    """Exclusive prefix sums: ``[3, 2, 4]`` gives ``[0, 3, 5, 9]``."""
+    result = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=result[1:])
+    return result
+
+
+def expand(starts: Table, lengths: Table, strides: Table | int = 1) -> Table:
+    """Concatenate ``starts[i] + strides[i] * arange(lengths[i])`` over all i."""
+    within = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    if not isinstance(strides, int):
+        strides = np.repeat(strides, lengths)
+    return np.repeat(starts, lengths) + within * strides
+
+
+def overlaps(starts: Table, stops: Table, sorted_starts: Table, sorted_stops: Table) -> tuple[Table, Table]:
+    """Pairs ``(i, j)`` whose intervals ``[starts[i], stops[i])`` and ``[sorted_starts[j], sorted_stops[j])`` meet.
+
+    The second family is disjoint, non-empty and ascending, so that each interval of the first meets one run of
+    it. Pairs come ordered by ``i``, then ``j``. Empty intervals of the first family meet nothing.
+    """
+    first = np.searchsorted(sorted_stops, starts, side="right")
+    last = np.searchsorted(sorted_starts, stops, side="left")
+    counts = np.where(stops > starts, np.maximum(last - first, 0), 0)
+    return np.repeat(np.arange(len(starts), dtype=np.int64), counts), expand(first.astype(np.int64), counts)

@@ -1,0 +1,116 @@
+"""The flash kernel inside torch for CPUs, over blocks chosen so that little hidden work is computed.
+
+The kernel is ``aten::_scaled_dot_product_flash_attention_for_cpu``. What it demands, and what this file therefore takes
+care of: its causal flag is right for square blocks only; its mask must be floating point; last strides must be 1; it
+kills the process on empty inputs; it skips hidden keys in runs of 512 only, so that short causal blocks cost as much as
+full ones, and strips with a mask are faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cphandler.intervals import UNBOUNDED
+from cphandler.kernels.blocks import BlockKernel
+from cphandler.kernels.kernel import Gradients, Saved, Task
+from cphandler.kernels.strips import additive_mask, strips
+
+WIDEST = 2048
+"""Keys of a strip that all its rows see, from which on they are a block of their own and need no mask."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def causal_square(task: Task) -> int:
+    """Side of the largest square on a causal task's diagonal; 0 for tasks that are not bounded above only."""
+    if task.lo != -UNBOUNDED or task.hi == UNBOUNDED:
+        return 0
+    return min(task.nq, task.nk - task.hi)
+
+
+def around_square(task: Task, side: int) -> Iterator[Task]:
+    """A causal task as the full blocks left of and below its square, and the square."""
+    if task.hi > 0:
+        yield Task(task.q, task.nq, task.k, task.hi, -UNBOUNDED, UNBOUNDED)
+    yield Task(task.q, side, task.k + task.hi, side, -UNBOUNDED, 0)
+    if side < task.nq:
+        yield Task(task.q + side, task.nq - side, task.k + task.hi, task.nk - task.hi, -UNBOUNDED, UNBOUNDED)
+
+
+def is_square_causal(block: Task) -> bool:
+    """What the causal flag of a kernel means everywhere: ``nq == nk`` and row i sees keys 0 to i."""
+    return block.lo == -UNBOUNDED and block.hi == 0 and block.nq == block.nk
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with a last stride of 1, as ``[B, heads, rows, D]``."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
+
+
+class TorchCpuKernel(BlockKernel):
+    """torch's CPU flash attention; float16, bfloat16, float32, float64, grouped-query heads."""
+
+    name = "torch"
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Needs equal head dims and a CPU."""
+        if q.dtype not in DTYPES:
+            return f"dtype {q.dtype}"
+        if q.shape[-1] != v.shape[-1]:
+            return f"head dim {q.shape[-1]} of queries and {v.shape[-1]} of values"
+        return None
+
+    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+        """Full blocks whole, long diagonals as squares, everything else in masked strips."""
+        wide = q.dtype in (torch.float32, torch.float64)
+        rows, square_from = (128, 2049) if wide else (256, 769)
+        side = causal_square(task)
+        if task.is_full or (is_square_causal(task) and task.nq <= rows):
+            yield task
+        elif side >= square_from:
+            yield from around_square(task, side)
+        else:
+            yield from strips(task, rows, WIDEST)
+
+    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Task, scale: float) -> tuple[Tensor, Tensor]:
+        """See :meth:`BlockKernel.block_forward`."""
+        causal, mask = self._masking(block, q)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            unit_stride(q), unit_stride(k), unit_stride(v), 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, scale: float) -> Gradients:
+        """See :meth:`BlockKernel.block_backward`.
+
+        The gradient of ``lse`` enters through one more channel in which q, k and v are 0, the incoming gradient is 1
+        and the output is minus that gradient: the kernel's row sum of output times gradient then has it subtracted.
+        """
+        causal, mask = self._masking(block, saved.q)
+        q, out, grad_out = saved.q, saved.out, saved.grad_out
+        channels = q.shape[-1]
+        if saved.grad_lse is not None:
+            q, k, v = (_with_channel(x, 0.0) for x in (q, k, v))
+            out = torch.cat([out, -saved.grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
+            grad_out = _with_channel(grad_out, 1.0)
+        tensors: list[Any] = [unit_stride(x) for x in (grad_out, q, k, v, out)]
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, saved.lse.transpose(1, 2), 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return Gradients(*(x.transpose(1, 2)[..., :channels] for x in (dq, dk, dv)))
+
+    @staticmethod
+    def _masking(block: Task, q: Tensor) -> tuple[bool, Tensor | None]:
+        if block.is_full:
+            return False, None
+        if is_square_causal(block):
+            return True, None
+        return False, additive_mask(block, q.dtype, q.device)
+
+
+def _with_channel(x: Tensor, value: float) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 1), value=value)

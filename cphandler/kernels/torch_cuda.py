@@ -1,0 +1,130 @@
+"""The attention kernels inside torch for CUDA: flash for 16-bit inputs, memory-efficient for float32.
+
+Blocks are full or square-causal, where every kernel's causal flag means the same; the remaining strips (windows, ragged
+edges) and float64 are computed densely, a strip at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cphandler.kernels.kernel import Gradients, Saved, Task
+from cphandler.kernels.reference import ReferenceKernel
+from cphandler.kernels.strips import strips
+from cphandler.kernels.torch_cpu import around_square, causal_square, is_square_causal, unit_stride
+
+LSE_BLOCK = 32
+"""The memory-efficient kernel keeps its log-sum-exp in rows of a multiple of this."""
+
+SMALLEST_SQUARE = 32
+"""Diagonals shorter than this are not worth two more launches."""
+
+
+class TorchCudaKernel(ReferenceKernel):
+    """torch's CUDA attention kernels; their backward passes add in an order that changes from run to run."""
+
+    name = "torch"
+    deterministic = False
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Needs equal head dims, a multiple of 8 as flash wants them."""
+        if q.shape[-1] != v.shape[-1]:
+            return f"head dim {q.shape[-1]} of queries and {v.shape[-1]} of values"
+        if q.shape[-1] % 8 or q.shape[-1] > 256:
+            return f"head dim {q.shape[-1]}: a multiple of 8 up to 256 is needed"
+        return None
+
+    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+        """Full blocks and squares whole, the rest in strips."""
+        side = causal_square(task)
+        if task.is_full:
+            yield task
+        elif side >= SMALLEST_SQUARE:
+            yield from around_square(task, side)
+        else:
+            yield from strips(task, 256, 256)
+
+    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Task, scale: float) -> tuple[Tensor, Tensor]:
+        """See :meth:`BlockKernel.block_forward`."""
+        causal = is_square_causal(block)
+        if not (block.is_full or causal) or q.dtype == torch.float64:
+            return super().block_forward(q, k, v, block, scale)
+        queries, keys, values = unit_stride(q), *_repeated(q, k, v)
+        if q.dtype == torch.float32:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+                queries, keys, values, None, True, 0.0, causal, scale=scale
+            )
+        else:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                queries, keys, values, 0.0, causal, False, scale=scale
+            )
+        return out.transpose(1, 2), lse[:, :, : block.nq].transpose(1, 2)
+
+    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, scale: float) -> Gradients:
+        """See :meth:`BlockKernel.block_backward`."""
+        causal = is_square_causal(block)
+        fused = (block.is_full or causal) and saved.q.dtype != torch.float64 and saved.grad_lse is None
+        if not fused:
+            return super().block_backward(saved, k, v, block, scale)
+        queries, (keys, values) = unit_stride(saved.q), _repeated(saved.q, k, v)
+        grad_out, out, lse = unit_stride(saved.grad_out), unit_stride(saved.out), saved.lse.transpose(1, 2)
+        backward = _efficient_backward if saved.q.dtype == torch.float32 else _flash_backward
+        dq, dk, dv = backward(grad_out, queries, keys, values, out=out, lse=lse, causal=causal, scale=scale)
+        groups = k.shape[2]
+        return Gradients(dq.transpose(1, 2), _summed(dk, groups), _summed(dv, groups))
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with one head per query head, as ``[B, N, rows, D]``: the fused operators ask for equal heads."""
+    times = q.shape[2] // k.shape[2]
+    keys, values = unit_stride(k), unit_stride(v)
+    return (keys, values) if times == 1 else (keys.repeat_interleave(times, 1), values.repeat_interleave(times, 1))
+
+
+def _summed(grad: Tensor, groups: int) -> Tensor:
+    """Add the gradients of the query heads that share a key head, in float32: ``[B, rows, G, D]``."""
+    grouped: Tensor = grad.unflatten(1, (groups, -1))
+    total = grouped.squeeze(2) if grouped.shape[2] == 1 else grouped.sum(2, dtype=torch.float32)
+    return total.transpose(1, 2)
+
+
+def _efficient_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The memory-efficient backward pass from an outside ``out`` and ``lse``; no dropout, so no random state."""
+    rows = -(-q.shape[2] // LSE_BLOCK) * LSE_BLOCK
+    padded = lse.new_full((*lse.shape[:2], rows), float("inf"))
+    padded[:, :, : lse.shape[2]] = lse
+    none = torch.zeros((), dtype=torch.int64, device="cpu")
+    dq, dk, dv, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+        grad_out, q, k, v, None, out, padded, none, none, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    return dq, dk, dv
+
+
+def _flash_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The flash backward pass from an outside ``out`` and ``lse``."""
+    none = torch.zeros((), dtype=torch.int64, device=q.device)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad_out,
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        None,
+        None,
+        q.shape[2],
+        k.shape[2],
+        0.0,
+        causal,
+        none,
+        none,
+        scale=scale,
+    )
+    return gradients

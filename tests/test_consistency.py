@@ -1,0 +1,156 @@
+"""Ranks given different batches: an error on every rank after one tiny collective, and no hang."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from cphandler import CPConfig, RankMismatchError, get_batch_on_this_cp_rank, get_cp_handler_cls, record_traffic
+from cphandler.testing import RankPool, partition_group
+
+
+def message_of(call: Any) -> str:
+    try:
+        call()
+    except RankMismatchError as error:
+        return str(error)
+    except (TypeError, ValueError) as error:
+        return f"own: {error}"
+    return "nothing"
+
+
+def make(group: Any, lengths: list[int], **arguments: Any) -> Any:
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    settings = {"cp_group": group, "qkv_format": "thd", "cu_seqlens_q": offsets}
+    return get_cp_handler_cls("ring")(**{**settings, **arguments})
+
+
+def different_offsets() -> str:
+    rank = dist.get_rank()
+    handler = make(partition_group([range(4)]), [7, 9] if rank != 2 else [8, 8])
+    x = torch.randn(4, 2, 8)
+    return message_of(lambda: handler.core_attn(None, x, x, x))
+
+
+def test_different_documents(ranks: RankPool) -> None:
+    started = time.monotonic()
+    messages = ranks.run(different_offsets)
+    assert len(set(messages)) == 1
+    assert "do not hold the same batch" in messages[0]
+    assert "cu_seqlens_q: rank 0 and 1 and 3 has [0, 7, 16]" in messages[0]
+    assert "rank 2 has [0, 8, 16]" in messages[0]
+    assert "mask" not in messages[0].split("got")[1].split(";")[0]
+    assert time.monotonic() - started < 10
+
+
+def different_in(what: str) -> str:
+    odd = dist.get_rank() == 1
+    arguments: dict[str, Any] = {}
+    if what == "mask" and odd:
+        arguments["mask"] = "full"
+    if what == "layout" and odd:
+        arguments["layout"] = "contiguous"
+    if what == "config" and odd:
+        arguments["config"] = CPConfig(kernel="reference")
+    handler = make(partition_group([range(4)]), [16], **arguments)
+    x = torch.randn(4, 2, 8, dtype=torch.float64 if what == "call" and odd else torch.float32)
+    if what == "order" and odd:
+        return message_of(lambda: handler.combine(x, 0))
+    return message_of(lambda: handler.core_attn(None, x, x, x))
+
+
+EXPECTED = {
+    "mask": "mask: rank 0 and 2 and 3 has Causal(), rank 1 has Full()",
+    "layout": "rank 1 has contiguous",
+    "config": "'kernel': 'reference'",
+    "call": "rank 1 has core_attn(NoneType; float64",
+    "order": "rank 1 has combine",
+}
+
+
+@pytest.mark.parametrize("what", EXPECTED)
+def test_other_differences(ranks: RankPool, what: str) -> None:
+    messages = ranks.run(different_in, what)
+    assert len(set(messages)) == 1
+    assert EXPECTED[what] in messages[0]
+
+
+def one_rank_refuses(method: str) -> str:
+    """What only one rank can see raises there, and the others hear of it."""
+    handler = make(partition_group([range(4)]), [16])
+    odd = dist.get_rank() == 3
+    x = torch.randn(4, 2, 8)
+    if method == "core_attn":
+        return message_of(lambda: handler.core_attn(None, x, x, x.double() if odd else x))
+    if method == "get_batch":
+        batch = {"tokens": torch.zeros(16 if not odd else 15, dtype=torch.int64)}
+        return message_of(lambda: get_batch_on_this_cp_rank(batch, cp_handler=handler))
+    return message_of(lambda: handler.combine(x[:3] if odd else x, 0))
+
+
+@pytest.mark.parametrize("method", ["core_attn", "combine", "get_batch"])
+def test_a_refusal_of_one_rank_reaches_the_others(ranks: RankPool, method: str) -> None:
+    *others, own = ranks.run(one_rank_refuses, method)
+    assert own.startswith("own: ")
+    assert len(set(others)) == 1
+    assert "another rank of the context-parallel group refused this call; got rank 3: Invalid" in others[0]
+    assert own.removeprefix("own: ")[:60] in others[0]
+
+
+def how_often(mode: str) -> list[int]:
+    group = dist.new_group([0, 1, 2, 3])
+    counts = []
+    for _ in range(2):
+        handler = make(group, [16], config=CPConfig(check_consistency=mode))  # type: ignore[arg-type]
+        x = torch.randn(4, 2, 8)
+        with record_traffic() as traffic:
+            handler.core_attn(None, x, x, x)
+            handler.core_attn(None, x, x, x)
+        counts.append(traffic.by_operation.get("check", 0))
+    return counts
+
+
+@pytest.mark.parametrize(("mode", "times"), [("always", [1, 1]), ("first", [1, 0]), ("never", [0, 0])])
+def test_how_often(ranks: RankPool, mode: str, times: list[int]) -> None:
+    per_check = 3 * 1024
+    assert ranks.run(how_often, mode) == [[n * per_check for n in times]] * 4
+
+
+def a_rank_stays_away() -> str:
+    group = dist.new_group([0, 1, 2, 3])
+    if dist.get_rank() == 2:
+        time.sleep(3)
+        return "away"
+    handler = make(group, [16], config=CPConfig(timeout=1.0))
+    return message_of(lambda: handler.combine(torch.zeros(4), 0))
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    with RankPool(4, timeout=30) as pool:
+        messages = pool.run(a_rank_stays_away)
+    assert messages[2] == "away"
+    for message in (messages[0], messages[1], messages[3]):
+        assert "rank 2 of the context-parallel group did not reach" in message
+        assert "got nothing within 1.0 seconds" in message
+
+
+def unchecked(mode: str) -> str:
+    lengths = [7, 9] if dist.get_rank() else [16]
+    handler = make(partition_group([range(4)]), lengths, config=CPConfig(check_consistency=mode))  # type: ignore[arg-type]
+    x = torch.arange(16)
+
+    def round_trip() -> None:
+        if not torch.equal(handler.combine(handler.dispatch(x, 0), 0), x):
+            raise ValueError("tokens are mixed up")
+
+    return message_of(round_trip)
+
+
+def test_without_the_check_the_same_mistake_goes_unnoticed(ranks: RankPool) -> None:
+    """The negative control: what the check prevents is a wrong result without any error."""
+    assert ranks.run(unchecked, "never") == ["own: tokens are mixed up"] * 4
+    assert all("do not hold the same batch" in message for message in ranks.run(unchecked, "always"))

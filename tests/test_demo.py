@@ -1,0 +1,108 @@
+"""The main job: documents, packs, and runs that equal one rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cphandler.demo.corpus import packed_batches, source_files
+from cphandler.demo.model import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(command: list[str], tmp_path: Path, **environment: str) -> tuple[str, dict]:  # type: ignore[type-arg]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", **environment}
+    done = subprocess.run(
+        [sys.executable, *command, "--output", str(tmp_path)],
+        cwd=ROOT,
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    return done.stdout, json.loads((tmp_path / "demo.json").read_text())
+
+
+def test_real_documents_of_very_different_lengths() -> None:
+    files = source_files()
+    assert len(files) > 500
+    batches = packed_batches(5, 1000)
+    assert len(batches) == 5
+    for batch in batches:
+        assert len(batch["tokens"]) == 1000
+        assert int(batch["cu_seqlens"][-1]) > 900, "packs are nearly full"
+        assert int(batch["tokens"].max()) < GPTConfig().vocabulary
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(batches, packed_batches(5, 1000), strict=True))
+
+
+def test_runs_equal_one_rank(tmp_path: Path) -> None:
+    options = ["--steps", "6", "--exact-steps", "3", "--seq-len", "700", "--cp-size", "2", "--cp-size", "3"]
+    out, report = run(["-m", "cphandler.demo", *options, "--backend", "ring", "--backend", "all_gather"], tmp_path)
+    names = [(row["name"], row["dtype"]) for row in report["runs"]]
+    expected = ["one rank", "ring cp2", "all_gather cp2", "ring cp3", "all_gather cp3"]
+    assert names == [(name, dtype) for dtype in ("float32", "float64") for name in expected]
+    for row in report["runs"]:
+        assert row["equal"]
+        assert row["losses"][-1] < row["losses"][0]
+        if row["name"] != "one rank":
+            loss, gradient = (1e-4, 1e-6) if row["dtype"] == "float32" else (1e-9, 1e-12)
+            assert row["loss_difference"] <= loss
+            assert row["gradient_difference"] <= gradient
+            assert row["gradient_difference"] > 0, "compared with itself?"
+    assert "ring cp3" in out
+    assert "NO" not in out
+
+
+def test_a_comm_type_and_a_layout_by_flag(tmp_path: Path) -> None:
+    options = ["--steps", "3", "--exact-steps", "0", "--seq-len", "300", "--cp-size", "2"]
+    chosen = ["--backend", "local", "--cp-comm-type", "a2a", "--layout", "striped", "--dtype", "float64"]
+    _, report = run(["-m", "cphandler.demo", *options, *chosen], tmp_path)
+    assert [row["name"] for row in report["runs"]] == ["one rank", "local/a2a cp2"]
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cphandler.demo"]
+    options = ["--steps", "4", "--exact-steps", "2", "--seq-len", "500", "--backend", "ring", "--backend", "ulysses"]
+    out, report = run([*command, *options], tmp_path)
+    assert [row["ranks"] for row in report["runs"]] == [1, 2, 2, 1, 2, 2]
+    assert all(row["equal"] for row in report["runs"])
+    assert out.count("one rank") >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "carrier"], "unknown backend or comm type"),
+        (["--dtype", "int8"], "choose float32, float64 or bfloat16"),
+    ],
+)
+def test_refusals(options: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cphandler.demo", *options, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_a_missing_extra_is_named(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')\n")
+    settings = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "cphandler.demo"]
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120, check=False)
+    assert "got typer; pip install 'cphandler[demo]'" in done.stderr
+
+
+@pytest.mark.slow
+def test_long_sequences(tmp_path: Path) -> None:
+    options = ["--steps", "1", "--exact-steps", "0", "--seq-len", "32768", "--cp-size", "4"]
+    _, report = run(["-m", "cphandler.demo", *options], tmp_path)
+    assert all(row["equal"] for row in report["runs"])

@@ -1,0 +1,122 @@
+"""Backends by name, registration, entry points, and the rest of the public face."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+
+import cphandler
+from cphandler import (
+    ContextParallelHandler,
+    InvalidValueError,
+    LayoutHandler,
+    MissingPackageError,
+    available_cp_handlers,
+    connect_zero_loss,
+    factory,
+    get_cp_handler_cls,
+    register_cp_handler,
+)
+
+
+class MyHandler(LayoutHandler):
+    """A third-party backend."""
+
+    comm_type = "mine"
+
+    def core_attn(self, attn_mod: Any, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        return query
+
+
+def test_names_are_forgiving() -> None:
+    ring = get_cp_handler_cls("local", "ring")
+    assert get_cp_handler_cls("Ring") is ring
+    assert get_cp_handler_cls("TORCH", "ring") is ring
+    ulysses = get_cp_handler_cls("ulysses")
+    assert get_cp_handler_cls("local", "a2a") is ulysses
+    assert get_cp_handler_cls("local", "Ulysses") is ulysses
+    gather = get_cp_handler_cls("all_gather")
+    assert get_cp_handler_cls("local", "allgather") is get_cp_handler_cls("All-Gather") is gather
+    assert get_cp_handler_cls().__name__ == "LocalHandler"
+    assert all(issubclass(get_cp_handler_cls(*pair), ContextParallelHandler) for pair in available_cp_handlers())
+
+
+def test_what_exists_is_listed() -> None:
+    listed = available_cp_handlers()
+    assert {("local", None), ("local", "a2a"), ("local", "ring"), ("local", "all_gather")} <= set(listed)
+    with pytest.raises(InvalidValueError, match="or one of 'all_gather'"):
+        get_cp_handler_cls("transformer_engine", "p2p")
+
+
+@pytest.fixture
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "_HANDLERS", dict(factory._HANDLERS))
+    monkeypatch.setattr(factory, "_LOADED", dict(factory._LOADED))
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_registration() -> None:
+    register_cp_handler("mine", None, MyHandler)
+    assert get_cp_handler_cls("MINE") is MyHandler
+    register_cp_handler("my-own", "special", "tests.test_factory:MyHandler")
+    assert get_cp_handler_cls("my_own", "Special") is MyHandler
+    assert ("my_own", "special") in available_cp_handlers()
+    register_cp_handler("mine", None, MyHandler)
+    with pytest.raises(InvalidValueError, match="already registered"):
+        register_cp_handler("local", "ring", MyHandler)
+    register_cp_handler("broken", None, "no_such_package.module:Handler")
+    with pytest.raises(MissingPackageError, match=r"install the package that holds 'no_such_package\.module'"):
+        get_cp_handler_cls("broken")
+    register_cp_handler("wrong", None, "tests.test_factory:test_registration")
+    with pytest.raises(TypeError, match="is not a ContextParallelHandler"):
+        get_cp_handler_cls("wrong")
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    def announced(group: str) -> list[EntryPoint]:
+        assert group == "cphandler.backends"
+        return [EntryPoint("fast:p2p", "tests.test_factory:MyHandler", group)]
+
+    monkeypatch.setattr(factory, "entry_points", announced)
+    assert ("fast", "p2p") in available_cp_handlers()
+    assert get_cp_handler_cls("fast", "P2P") is MyHandler
+
+
+def test_a_backend_of_ones_own_has_everything_but_attention() -> None:
+    handler = MyHandler(qkv_format="thd", cu_seqlens_q=[0, 3, 5])
+    assert handler.roll_tensor(torch.arange(1, 6))[0].tolist() == [2, 3, 0, 5, 0]
+    assert handler.comm_type == "mine"
+    assert handler.get_rotary_seq_len() == 3
+
+
+def test_the_abstract_class_demands_its_methods() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        ContextParallelHandler(qkv_format="thd", cu_seqlens_q=[0, 4])  # type: ignore[abstract]
+    assert ContextParallelHandler.__abstractmethods__ >= {"dispatch", "combine", "roll_tensor", "core_attn"}
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    for name in cphandler.__all__:
+        assert getattr(cphandler, name).__doc__, name
+
+
+def test_connect_zero_loss() -> None:
+    hidden = torch.tensor([float("inf"), float("nan"), 1.0], requires_grad=True)
+    ignored = torch.zeros(2)
+    loss = connect_zero_loss(torch.tensor(3.0, requires_grad=True), hidden, ignored)
+    assert loss.item() == 3.0
+    loss.backward()
+    assert hidden.grad.tolist() == [0.0, 0.0, 0.0]
+    constant = connect_zero_loss(torch.tensor(0.0), hidden * 2)
+    constant.backward()
+    assert hidden.grad[2] == 0
+    poisoned = torch.tensor(0.0) + 0.0 * hidden.sum()
+    assert poisoned.isnan(), "what it replaces"
+    with pytest.raises(TypeError, match="takes tensors"):
+        connect_zero_loss(torch.tensor(0.0), 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="floating-point"):
+        connect_zero_loss(torch.tensor(1))

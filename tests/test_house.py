@@ -1,0 +1,152 @@
+"""The house: imports go down, files are nouns, functions are short, importing is cheap and loads nothing optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LADDER: list[set[str]] = [
+    # rung 0
+    {"errors", "intervals"},
+    {"config", "sequence", "comm"},
+    {"layout", "mask", "mesh"},
+    # rung 1
+    {"plan", "reshard", "rope", "kernels.kernel"},
+    {"exchange", "stream", "dispatch", "agreement", "kernels.strips", "kernels.blocks"},
+    {"roll", "kernels.reference", "kernels.torch_cpu"},
+    {"kernels.torch_cuda"},
+    {"kernels.registry"},
+    {"kernels"},
+    # rung 2
+    {"core_attention", "attention"},
+    {"attention_call", "handler"},
+    {"layout_handler"},
+    # rung 3
+    {"backends.local", "backends.ulysses", "backends.ring", "backends.all_gather", "factory", "batch", "loss"},
+    {"backends"},
+    # the package's face, then rung 4
+    {"__init__"},
+    {"testing.pool", "testing.reference", "testing.tolerance"},
+    {"testing"},
+    {"demo.model", "demo.corpus", "demo.training", "demo.report", "demo.app", "demo.__main__", "demo"},
+]
+"""Modules by rung, lowest first; a module imports only from rungs below its own."""
+
+INSIDE_THE_DEMO = ["demo.model", "demo.corpus", "demo.training", "demo.report", "demo.app", "demo.__main__"]
+
+
+def rung_of() -> dict[str, int]:
+    return {module: rung for rung, modules in enumerate(LADDER) for module in modules}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by dotted name without the package's own."""
+    found = {}
+    for path in [*(ROOT / "cphandler").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]:
+        if "backends" in path.parts and "cphandler" in path.relative_to(ROOT).parts:
+            continue  # the link to the folder beside it
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[1:] if parts[0] == "cphandler" else parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = path
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, type-checking imports included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cphandler":
+            base = node.module.removeprefix("cphandler").lstrip(".")
+            names = {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= {name if name in modules() else base or "__init__" for name in names}
+        if isinstance(node, ast.Import):
+            found |= {
+                alias.name.removeprefix("cphandler.") for alias in node.names if alias.name.startswith("cphandler")
+            }
+    return found
+
+
+def test_every_module_has_a_rung() -> None:
+    assert set(modules()) == set(rung_of())
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_go_down(name: str) -> None:
+    rungs = rung_of()
+    for imported in imports_of(modules()[name]):
+        below = rungs[imported] < rungs[name]
+        within_demo = imported in INSIDE_THE_DEMO[: INSIDE_THE_DEMO.index(name)] if name in INSIDE_THE_DEMO else False
+        assert below or within_demo, f"{name} (rung {rungs[name]}) imports {imported} (rung {rungs[imported]})"
+
+
+def test_backends_never_import_each_other() -> None:
+    for name, path in modules().items():
+        if name.startswith("backends."):
+            assert not [i for i in imports_of(path) if i.startswith("backends")], name
+
+
+def test_only_comm_calls_collectives() -> None:
+    """Other modules may ask a group for its rank and size; data moves in one place."""
+    allowed = {"get_rank", "get_world_size", "ProcessGroup", "GroupMember", "get_process_group_ranks"}
+    for name, path in modules().items():
+        if name == "comm" or name.startswith(("testing", "demo")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
+                assert node.attr in allowed, f"{name} uses dist.{node.attr}"
+
+
+def test_files_are_nouns() -> None:
+    banned = {"utils", "util", "helpers", "common", "misc", "base"}
+    assert not [name for name in modules() if name.split(".")[-1] in banned]
+
+
+def test_functions_are_sentences() -> None:
+    """About 40 lines of code, docstring not counted."""
+    long = []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+                if lines > 45:
+                    long.append(f"{name}.{node.name}: {lines}")
+    assert not long
+
+
+def test_adding_a_backend_costs_less_than_sixty_lines() -> None:
+    for path in (ROOT / "backends").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 65, path.name
+
+
+def test_the_link_and_the_guard_of_backends() -> None:
+    link = ROOT / "cphandler" / "backends"
+    assert link.is_symlink()
+    assert link.resolve() == (ROOT / "backends").resolve()
+    refused = subprocess.run(
+        [sys.executable, "-c", "import backends"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "import cphandler.backends" in refused.stderr
+
+
+def test_importing_is_cheap_and_needs_no_optional_package() -> None:
+    """Time beyond torch's own import, best of three, and what was loaded."""
+    program = (
+        "import time, sys, torch; t = time.process_time(); import cphandler; d = time.process_time() - t;"
+        "optional = {'typer', 'rich', 'matplotlib', 'pytest', 'hypothesis', 'transformer_engine', 'flash_attn'};"
+        "print(d, sorted(optional & set(sys.modules)))"
+    )
+    times = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds, _, loaded = done.stdout.strip().partition(" ")
+        assert loaded == "[]"
+        times.append(float(seconds))
+    assert min(times) < 0.3

@@ -1,0 +1,367 @@
+"""What may be asked of core_attn beside plain attention: determinism, bits, recompute, modules, options, traffic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cphandler import (
+    AttentionResult,
+    Causal,
+    CoreAttention,
+    CPConfig,
+    Full,
+    InvalidTypeError,
+    InvalidValueError,
+    SlidingWindow,
+    UnsupportedError,
+    get_cp_handler_cls,
+    record_traffic,
+)
+from cphandler.testing import RankPool, assert_close, dense_gradients
+from tests.laws import Batch, Case, draw, group_of, make_handler, visible
+
+BACKENDS = ["ring", "all_gather", "ulysses"]
+LENGTHS = Batch((70, 33, 2, 19))
+
+
+def local_tensors(case: Case, seed: int, handler: Any) -> list[Tensor]:
+    return [handler.dispatch(x, handler.seq_dim).requires_grad_(i < 3) for i, x in enumerate(draw(case, seed)[:4])]
+
+
+def bits(tensors: Any) -> list[bytes]:
+    return [x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for x in tensors]
+
+
+def run_twice(case: Case) -> None:
+    """Forward and gradients of two runs have the same bits."""
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    seen = []
+    for _ in range(2):
+        handler = make_handler(case, group)
+        q, k, v, grad = local_tensors(case, seed, handler)
+        out = handler.core_attn(None, q, k, v)
+        seen.append(bits([out, *torch.autograd.grad(out, (q, k, v), grad)]))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_have_the_same_bits(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
+    for layout in ("zigzag", "contiguous"):
+        ranks.run(run_twice, Case(backend, 4, layout=layout, batch=LENGTHS, dtype=dtype, heads=(4, 2), head_dim=16))
+
+
+def ulysses_bits(case: Case) -> None:
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    handler = make_handler(case, group)
+    q, k, v, _ = local_tensors(case, seed, handler)
+    out = handler.combine(handler.core_attn(None, q, k, v), handler.seq_dim)
+    alone = make_handler(replace(case, backend="local", cp_size=1, layout=None), None)
+    whole = alone.core_attn(None, *draw(case, seed)[:3])
+    assert bits([out]) == bits([whole])
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (12, 6), (12, 4)], ids=str)
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_ulysses_forward_has_the_bits_of_one_rank(ranks: RankPool, heads: tuple[int, int], cp_size: int) -> None:
+    for mask in (Causal(), SlidingWindow(9, 3)):
+        for layout in ("contiguous", "zigzag"):
+            for qkv_format in ("thd", "sbhd"):
+                case = Case("ulysses", cp_size, qkv_format, layout, mask, LENGTHS, heads, 16, torch.float32)
+                ranks.run(ulysses_bits, case)
+
+
+def recompute(case: Case, reentrant: bool | None) -> None:
+    """Activation checkpointing, a second backward with retain_graph, and gradients of some inputs only."""
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    plain = torch.autograd.grad(handler.core_attn(None, q, k, v), (q, k, v), grad)
+    if reentrant is not None:
+        out = checkpoint(lambda *x: handler.core_attn(None, *x), q, k, v, use_reentrant=reentrant)
+        out.backward(grad)
+        assert bits([q.grad, k.grad, v.grad]) == bits(plain)
+        return
+    out = handler.core_attn(None, q, k, v)
+    first = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+    second = torch.autograd.grad(out, (q, k, v), grad)
+    assert bits(first) == bits(second) == bits(plain)
+    for wanted in range(3):
+        inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((q, k, v))]
+        alone = torch.autograd.grad(handler.core_attn(None, *inputs), inputs[wanted], grad)
+        assert bits(alone) == bits([plain[wanted]])
+    with torch.no_grad():
+        assert bits([handler.core_attn(None, q, k, v)]) == bits([out])
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["retain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recompute_and_partial_gradients(ranks: RankPool, backend: str, reentrant: bool | None) -> None:
+    ranks.run(recompute, Case(backend, 4, batch=LENGTHS), reentrant)
+
+
+def strange_strides(case: Case) -> None:
+    """Transposed, expanded and sliced inputs, and an expanded gradient, against the reference."""
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    handler = make_handler(case, group)
+    q, k, v, _, _ = draw(case, seed)
+    k = k[:, :1].expand_as(k)
+    grad = torch.ones(()).double().expand(q.shape)
+    expected = dense_gradients((q, k, v), visible(case), grad, qkv_format=case.qkv_format)
+    local = [handler.dispatch(x, 0) for x in (q, k, v)]
+    odd = [
+        local[0].transpose(0, -1).contiguous().transpose(0, -1).requires_grad_(),
+        local[1][:, :1].expand_as(local[1]).detach().requires_grad_(),
+        torch.stack([local[2], local[2]], -1)[..., 0].detach().requires_grad_(),
+    ]
+    out = handler.core_attn(None, *odd)
+    grads = torch.autograd.grad(out, odd, torch.ones(()).double().expand_as(out))
+    for name, a, e in zip(("out", "dq", "dk", "dv"), (out, *grads), (expected[0], *expected[2]), strict=True):
+        rows = handler.dispatch(torch.ones(len(e)), 0).bool()
+        assert_close(a[rows], handler.dispatch(e, 0)[rows], what=f"{name} of {case}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_with_strange_strides(ranks: RankPool, backend: str) -> None:
+    ranks.run(strange_strides, Case(backend, 2, batch=LENGTHS))
+
+
+class PlainAttention:
+    """A caller's own attention over whole documents; knows nothing of ranks."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, **offsets: Any) -> Tensor:
+        self.seen = {"shape": tuple(q.shape), "mask": mask, **offsets}
+        times = q.shape[-2] // k.shape[-2]
+        k, v = k.repeat_interleave(times, -2), v.repeat_interleave(times, -2)
+        if offsets["cu_seqlens_q"] is None:
+            seq_first = self.seen["shape"][0] != 2
+            q, k, v = (x.transpose(0, 1) if seq_first else x for x in (q, k, v))
+            out = self.attend(q, k, v)
+            return out.transpose(0, 1) if seq_first else out
+        parts = [x.split(offsets["cu_seqlens_q"].diff().tolist()) for x in (q, k, v)]
+        return torch.cat([self.attend(a[None], b[None], c[None])[0] for a, b, c in zip(*parts, strict=True)])
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bsnd,btnd->bnst", q, k) * q.shape[-1] ** -0.5
+        hidden = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+        return torch.einsum("bnst,btnd->bsnd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def module_case(case: Case) -> None:
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    built_in = handler.core_attn(None, q, k, v)
+    module = PlainAttention()
+    own = handler.core_attn(module, q, k, v)
+    assert_close(own, built_in, what="a caller's module")
+    for a, b in zip(
+        torch.autograd.grad(own, (q, k, v), grad), torch.autograd.grad(built_in, (q, k, v), grad), strict=True
+    ):
+        assert_close(a, b, what="gradients through a caller's module")
+    share = case.heads[0] // case.cp_size
+    assert module.seen["shape"][-2] == share, "each rank's module sees its heads"
+    assert module.seen["mask"] == Causal()
+    if case.qkv_format == "thd":
+        assert module.seen["cu_seqlens_q"].dtype == torch.int32
+        assert module.seen["cu_seqlens_q"].diff().tolist() == list(case.batch.lengths), "valid lengths, padding removed"
+        assert module.seen["max_seqlen_q"] == max(case.batch.lengths)
+
+
+@pytest.mark.parametrize("qkv_format", ["thd", "sbhd", "bshd"])
+@pytest.mark.parametrize(("backend", "cp_size"), [("local", 1), ("ulysses", 1), ("ulysses", 2), ("ulysses", 4)])
+def test_a_callers_own_attention(ranks: RankPool, backend: str, cp_size: int, qkv_format: str) -> None:
+    for batch in (Batch((13, 3, 6)), Batch((7, 0, 9), padded=(8, 4, 16))) if qkv_format == "thd" else (Batch((11,)),):
+        ranks.run(module_case, Case(backend, cp_size, qkv_format, batch=batch))
+
+
+def test_core_attention_carries_the_scale() -> None:
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 9])
+    x = torch.randn(9, 2, 8, dtype=torch.float64)
+    module = CoreAttention(softmax_scale=0.7)
+    assert list(module.parameters()) == []
+    assert module.state_dict() == {}
+    assert torch.equal(handler.core_attn(module, x, x, x), handler.core_attn(None, x, x, x, softmax_scale=0.7))
+    assert torch.equal(
+        handler.core_attn(module, x, x, x, softmax_scale=0.2), handler.core_attn(None, x, x, x, softmax_scale=0.2)
+    )
+    assert not torch.equal(handler.core_attn(module, x, x, x), handler.core_attn(None, x, x, x))
+
+
+def test_a_mask_for_one_call_and_the_named_tuple() -> None:
+    handler = get_cp_handler_cls("local")(qkv_format="sbhd", max_seqlen_q=9)
+    x = torch.randn(9, 2, 2, 8, dtype=torch.float64)
+    full = get_cp_handler_cls("local")(qkv_format="sbhd", max_seqlen_q=9, mask=Full())
+    assert torch.equal(handler.core_attn(None, x, x, x, mask="full"), full.core_attn(None, x, x, x))
+    result = handler.core_attn(None, x, x, x, return_lse=True, layer_number=3)
+    assert isinstance(result, AttentionResult)
+    assert result.lse.shape == result.out.shape[:-1]
+    assert result.lse.dtype == torch.float64
+    assert result.max_logit is None
+
+
+def test_the_gradient_of_the_lse_alone() -> None:
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 5, 12])
+    case = Case("local", 1, batch=Batch((5, 7)))
+    q, k, v, _, grad_lse = draw(case, 0)
+    expected = dense_gradients((q, k, v), visible(case), torch.zeros_like(q), grad_lse, qkv_format="thd")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    lse = handler.core_attn(None, *leaves, return_lse=True).lse
+    for a, e in zip(torch.autograd.grad(lse, leaves, grad_lse), expected[2], strict=True):
+        assert_close(a, e) if e.any() else None
+        assert e.any() or not a.any()
+
+
+@pytest.mark.parametrize("backend", ["local", "ring", "ulysses", "all_gather"])
+def test_every_backend_serves_one_rank_without_a_group(backend: str) -> None:
+    handler = get_cp_handler_cls(backend)(qkv_format="bshd", max_seqlen_q=9)
+    q, k, v = (torch.randn(2, 9, n, 8, requires_grad=True) for n in (4, 2, 2))
+    handler.core_attn(None, q, k, v).sum().backward()
+    assert all(x.grad is not None for x in (q, k, v))
+    assert handler.combine(handler.dispatch(q, 1), 1) is q
+    assert handler.roll_tensor(torch.arange(18).view(2, 9))[0][:, -1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"ulysses_degree": 2}, {"tile": 128}, {"gradient_wire_dtype": "bfloat16"}], ids=str
+)
+def test_settings_that_come_later_say_so(setting: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError, match="not available yet"):
+        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], config=CPConfig(**setting))
+
+
+LATER = [
+    ({"softcap": 30.0}, UnsupportedError, "softcap"),
+    ({"sinks": torch.zeros(2)}, UnsupportedError, "sinks"),
+    ({"dropout_p": 0.1}, UnsupportedError, "dropout"),
+    ({"dropout_seed": 1}, UnsupportedError, "dropout_seed"),
+    ({"return_max_logit": True}, UnsupportedError, "return_max_logit"),
+    ({"layer_number": 0}, InvalidValueError, "counts from 1"),
+    ({"window": 4}, InvalidTypeError, "no option 'window'; it takes layer_number, mask"),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), LATER, ids=lambda x: str(x)[:20])
+def test_options_that_come_later_say_so(options: dict[str, Any], kind: type[Exception], message: str) -> None:
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
+    x = torch.randn(4, 2, 8)
+    with pytest.raises(kind, match=message):
+        handler.core_attn(None, x, x, x, **options)
+
+
+def test_what_else_comes_later() -> None:
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
+    x = torch.randn(4, 2, 8)
+    for call in (
+        lambda: handler.dispatch(x, 0, stream="kv"),
+        lambda: handler.combine(x, 0, stream="kv"),
+        lambda: handler.rope(x, torch.zeros(4, 8), stream="kv"),
+        lambda: handler.roll_tensor(x, -1, 0, stream="kv"),
+        lambda: handler.get_rotary_seq_len(stream="kv"),
+        lambda: CoreAttention(sinks=True),
+        lambda: CoreAttention(softcap=10.0),
+        lambda: CoreAttention(dropout_p=0.1),
+        lambda: get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 5]),
+    ):
+        with pytest.raises(NotImplementedError, match="not available yet"):
+            call()
+    with pytest.raises(ValueError, match="unknown stream"):
+        handler.dispatch(x, 0, stream="k")
+    same = get_cp_handler_cls("local")(
+        qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=torch.tensor([0, 4]), max_seqlen_q=4, max_seqlen_kv=4
+    )
+    assert same.num_local_tokens == 4
+
+
+def replicated_case() -> None:
+    group, _ = group_of(Case(cp_size=4))
+    handler = get_cp_handler_cls("ulysses")(
+        cp_group=group, qkv_format="thd", cu_seqlens_q=[0, 3, 9], layout="replicated"
+    )
+    x = torch.randn(9, 4, 8, requires_grad=True)
+    assert handler.dispatch(x, 0) is x
+    assert handler.combine(x, 0, grad="sum") is x
+    assert (handler.num_local_tokens, handler.effective_cp_size, handler.sequence_sharded) == (9, 1, False)
+    assert handler.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]
+    assert handler.roll_tensor(torch.arange(1, 10))[0].tolist() == [2, 3, 0, 5, 6, 7, 8, 9, 0]
+    with pytest.raises(NotImplementedError, match="replicated layout is not available yet"):
+        handler.core_attn(None, x, x, x)
+    for backend in ("ring", "all_gather"):
+        with pytest.raises(NotImplementedError, match="use the ulysses backend"):
+            get_cp_handler_cls(backend)(cp_group=group, qkv_format="thd", cu_seqlens_q=[0, 3, 9], layout="replicated")
+
+
+def test_the_replicated_layout(ranks: RankPool) -> None:
+    ranks.run(replicated_case)
+
+
+def ring_bytes(case: Case) -> tuple[int, int]:
+    group, seed = group_of(case)
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    handler.agree("test")
+    with record_traffic() as traffic:
+        out = handler.core_attn(None, q, k, v)
+        forward = traffic.sent_bytes
+        out.backward(grad)
+    dist.barrier()
+    return forward, traffic.sent_bytes - forward
+
+
+def test_a_ring_sends_no_block_that_nobody_sees(ranks: RankPool) -> None:
+    """Contiguous: a window reaches one neighbour, causal blocks never come back, whole short documents cost nothing."""
+    block = 16 * (2 + 2) * 8 * 8  # 16 rows, two key heads and two value heads of 8 channels, float64
+    cases = {
+        SlidingWindow(3): (Batch((64,)), [1, 1, 1, 0]),
+        Causal(): (Batch((64,)), [1, 2, 3, 0]),
+        Full(): (Batch((16, 16, 16, 16)), [0, 0, 0, 0]),
+    }
+    for mask, (batch, sends) in cases.items():
+        case = Case("ring", 4, layout="contiguous", mask=mask, batch=batch)
+        assert [forward for forward, _ in ranks.run(ring_bytes, case)] == [n * block for n in sends], mask
+    zigzag = ranks.run(ring_bytes, Case("ring", 4, layout="zigzag", batch=Batch((64,))))
+    assert [forward for forward, _ in zigzag] == [3 * block] * 4
+    assert [backward for _, backward in zigzag] == [6 * block] * 4, "keys three hops, their gradients three hops"
+
+
+def precision(case: Case) -> float:
+    """Relative L2 error of output and gradients together, in bfloat16, against float64."""
+    group, seed = group_of(case)
+    q, k, v, grad, _ = draw(case, seed)
+    expected = dense_gradients((q, k, v), visible(case), grad, qkv_format=case.qkv_format)
+    handler = make_handler(case, group)
+    local = [handler.dispatch(x, 0).requires_grad_() for x in (q, k, v)]
+    out = handler.core_attn(None, *local)
+    grads = torch.autograd.grad(out, local, handler.dispatch(grad, 0))
+    whole = [handler.combine(x, 0).double() for x in (out, *grads)]
+    wanted = [expected[0], *expected[2]]
+    return max(float((a - e).norm() / e.norm()) for a, e in zip(whole, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_error_does_not_grow_with_ranks(ranks: RankPool, backend: str) -> None:
+    batch = Batch((900, 380))
+    alone = ranks.run(precision, Case("local", 1, batch=batch, dtype=torch.bfloat16, head_dim=32))[0]
+    spread = ranks.run(precision, Case(backend, 4, batch=batch, dtype=torch.bfloat16, head_dim=32))
+    assert max(spread) <= 1.5 * alone
