@@ -4,8 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Which torch to install where the system has none; any requirement pip understands.
-TORCH ?= torch==2.13.0
+# Which torch to install: any requirement pip understands. Takes effect when the environment is made (make clean first).
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
 DEMO ?=
 PYTEST ?=
@@ -15,13 +15,13 @@ PYTEST ?=
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
-# A torch that the system already has (one built for its GPU, say) is used as it is; otherwise the pinned one is installed.
+# A torch that the system's Python already has (built for its GPU, say) is used as it is, unless TORCH names another one.
+KEEP_TORCH := $(if $(filter file default,$(origin TORCH)),$(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes))
+
 $(VENV)/installed: pyproject.toml constraints.txt
-	if $(PYTHON) -c "import torch" 2>/dev/null; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==\|^numpy==' constraints.txt > $(VENV)/constraints.txt; \
-	else \
-	  $(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt && $(BIN)/python -m pip install --quiet "$(TORCH)" numpy -c constraints.txt; \
-	fi
+	$(PYTHON) -m venv $(if $(KEEP_TORCH),--system-site-packages) $(VENV)
+	grep -v '^torch==$(if $(KEEP_TORCH),\|^numpy==)' constraints.txt > $(VENV)/constraints.txt
+	$(if $(KEEP_TORCH),,$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt "$(TORCH)" numpy)
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e ".[dev]"
 	touch $@
 

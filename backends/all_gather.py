@@ -22,5 +22,5 @@ class AllGatherHandler(LayoutHandler):
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
-        call = self.attention_call(attn_mod, query, key, value, options)
-        return call.result(*self.attend(call, exchange="all_gather"))
+        call = self.attention_call(attn_mod, (query, key, value), options, exchange="all_gather")
+        return call.result(*self.attend(call))

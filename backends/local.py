@@ -40,5 +40,5 @@ class LocalHandler(LayoutHandler):
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`; takes callables."""
-        call = self.attention_call(attn_mod, query, key, value, options, takes_modules=True)
+        call = self.attention_call(attn_mod, (query, key, value), options, exchange="whole")
         return call.result(*self.attend_whole(call, call.q, call.k, call.v))

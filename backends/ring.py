@@ -22,5 +22,5 @@ class RingHandler(LayoutHandler):
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
-        call = self.attention_call(attn_mod, query, key, value, options)
-        return call.result(*self.attend(call, exchange="ring"))
+        call = self.attention_call(attn_mod, (query, key, value), options, exchange="ring")
+        return call.result(*self.attend(call))

@@ -31,7 +31,8 @@ class UlyssesHandler(LayoutHandler):
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`; takes callables."""
-        call = self.attention_call(attn_mod, query, key, value, options, check=self._check_heads, takes_modules=True)
+        tensors = query, key, value
+        call = self.attention_call(attn_mod, tensors, options, exchange="whole", check=self._check_heads)
         if self.cp_size == 1:
             return call.result(*self.attend_whole(call, call.q, call.k, call.v))
         split = HeadSplit.of(call.q.shape[2], call.k.shape[2], self.cp_size)

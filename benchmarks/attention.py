@@ -243,10 +243,15 @@ def main(
     """Time every backend's attention against torch's own kernel on one rank, one thread a rank."""
     os.environ.update(ALLOCATOR)
     documents = tuple(int(part) for part in lengths.split(","))
+    if heads % kv_heads:
+        raise typer.BadParameter(f"--heads must be a multiple of --kv-heads, got {heads} and {kv_heads}")
     shape = (documents, heads, kv_heads, head_dim, dtype)
     works = [Work("plain", 1, *shape, None), Work("local", 1, *shape, None)]
     for count in ranks or [2, 4]:
-        works += [Work(name, count, *shape, layout) for name in backend or ["ring", "all_gather", "ulysses"]]
+        for name in backend or ["ring", "all_gather", "ulysses"]:
+            if name == "local" or (name == "ulysses" and heads % count):
+                raise typer.BadParameter(f"{name} cannot serve {heads} heads on {count} ranks")
+            works.append(Work(name, count, *shape, layout))
     console = Console()
     console.print(
         f"{sum(documents)} tokens in {len(documents)} documents, causal, {heads} query and {kv_heads} key heads of "

@@ -20,11 +20,16 @@ _DIGEST_BYTES = 16
 _settled_groups: WeakSet[object] = WeakSet()
 
 
+def digest(content: bytes) -> str:
+    """A few characters that differ where contents differ."""
+    return f"#{hashlib.blake2b(content, digest_size=4).hexdigest()}"
+
+
 def shown(values: Table, most: int = 6) -> str:
     """The first few integers of an array and a digest of all, so that any difference shows."""
     head = ", ".join(str(int(value)) for value in values.reshape(-1)[:most])
     more = ", ..." if values.size > most else ""
-    return f"[{head}{more}] #{hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=4).hexdigest()}"
+    return f"[{head}{more}] {digest(np.ascontiguousarray(values).tobytes())}"
 
 
 class Agreement:
@@ -67,7 +72,7 @@ class Agreement:
                 got="; ".join(f"rank {rank}: {why}" for rank, why in refused.items()),
                 fix="mend what that rank was given",
             )
-        if len({digest for digest, _ in answers}) > 1:
+        if len({whole for whole, _ in answers}) > 1:
             raise RankMismatchError(
                 "the ranks of the context-parallel group do not hold the same batch",
                 got=_differences([words for _, words in answers]),
@@ -76,11 +81,19 @@ class Agreement:
         _settled_groups.add(self._group.source)
 
 
+def shortened(text: str, most: int = 200) -> str:
+    """The beginning of a text and a digest of all of it, where it is long."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - 14]}... {digest(text.encode())}"
+
+
 def _packed(facts: dict[str, str], status: str) -> bytes:
+    facts = {name: shortened(value) for name, value in facts.items()}
     text = "\n".join(f"{name}={value}".replace("\n", " ") for name, value in facts.items())
     words = f"refused={status}\n{text}".replace("\r", " ") if status else text
-    digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
-    return (digest + words.encode()[: PAYLOAD_BYTES - _DIGEST_BYTES]).ljust(PAYLOAD_BYTES, b"\0")
+    whole = hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
+    return (whole + words.encode()[: PAYLOAD_BYTES - _DIGEST_BYTES]).ljust(PAYLOAD_BYTES, b"\0")
 
 
 def _unpacked(payload: bytes) -> tuple[bytes, dict[str, str]]:

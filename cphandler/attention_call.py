@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,14 @@ class TensorRules:
     Attributes:
         qkv_format: order of dims.
         local_tokens: rows L of this rank.
-        global_tokens: rows S of the whole sequence, for a better error message.
         batch: rows of the batch where the handler knows them (key-padding mask), else None.
+        explain: what a wrong length, given the right one, probably means.
     """
 
     qkv_format: str
     local_tokens: int
-    global_tokens: int
     batch: int | None
+    explain: Callable[[int, int], str]
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raise what is wrong with the three tensors.
@@ -48,11 +49,10 @@ class TensorRules:
             if x.dim() != dims:
                 raise InvalidValueError(f"{name} must be {letters}", got=f"shape {list(x.shape)}")
             if x.shape[seq_dim] != self.local_tokens:
-                hint = "this is the global length: dispatch first" if x.shape[seq_dim] == self.global_tokens else None
                 raise InvalidValueError(
                     f"{name} must hold this rank's {self.local_tokens} rows in dim {seq_dim}",
-                    got=f"{x.shape[seq_dim]}",
-                    fix=hint or f"{self.qkv_format} is {letters}",
+                    got=f"shape {list(x.shape)}",
+                    fix=self.explain(x.shape[seq_dim], self.local_tokens),
                 )
         self._check_sizes(query, key, value)
 
@@ -108,6 +108,7 @@ class AttentionCall:
         mask: who sees whom.
         scale: factor on the scores.
         kernel: name of the built-in kernel.
+        exchange: how keys reach the queries; ``"whole"`` where whole documents come to this rank.
         qkv_format: how results are arranged.
         return_lse: whether the caller asked for it.
     """
@@ -119,6 +120,7 @@ class AttentionCall:
     mask: Mask
     scale: float
     kernel: str
+    exchange: str
     qkv_format: str
     return_lse: bool
 
@@ -127,10 +129,12 @@ class AttentionCall:
         cls,
         attn_mod: Any,
         tensors: tuple[Tensor, Tensor, Tensor],
+        *,
         options: AttentionOptions,
         rules: TensorRules,
         mask: Mask,
         config: CPConfig,
+        exchange: str,
     ) -> AttentionCall:
         """Check everything and settle the options.
 
@@ -153,7 +157,13 @@ class AttentionCall:
         scale = float(q.shape[-1]) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
         chosen = mask if options.mask is None else make_mask(options.mask)
         name = select_kernel(config.kernel, q, k, v, deterministic=config.deterministic)
-        return cls(q, k, v, module, chosen, scale, name, rules.qkv_format, options.return_lse)
+        return cls(q, k, v, module, chosen, scale, name, exchange, rules.qkv_format, options.return_lse)
+
+    def describe(self) -> str:
+        """The call in a few words, the same on every rank that makes the same one."""
+        tensors = ", ".join(kind_of(x) for x in (self.q, self.k, self.v))
+        how = self.kernel if self.module is None else "own module"
+        return f"({tensors}; {how}, scale {self.scale:g}{', lse' if self.return_lse else ''})"
 
     def result(self, out: Tensor, lse: Tensor | None) -> Tensor | AttentionResult:
         """Arrange ``out [B, L, N, D_v]`` and ``lse [B, L, N]`` as the caller asked."""
@@ -177,12 +187,8 @@ def from_batch_first(x: Tensor, qkv_format: str) -> Tensor:
     return x.transpose(0, 1).contiguous() if qkv_format == "sbhd" else x.contiguous()
 
 
-def describe(attn_mod: Any, tensors: tuple[Any, ...]) -> str:
-    """A call in a few words, without what may differ between ranks, for the check that all ranks make the same one."""
-    return f"core_attn({type(attn_mod).__name__}; {', '.join(_kind(x) for x in tensors)})"
-
-
-def _kind(x: Any) -> str:
+def kind_of(x: Any) -> str:
+    """A tensor's dtype, shape and whether it needs a gradient, in a few words."""
     if not isinstance(x, Tensor):
         return type(x).__name__
     grad = " grad" if x.requires_grad and torch.is_grad_enabled() else ""

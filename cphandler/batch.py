@@ -35,7 +35,7 @@ def get_batch_on_this_cp_rank(
 
     ``cu_seqlens*`` and ``max_seqlen*`` pass through unchanged (they are global by definition), and so does None.
     ``position_ids`` in the tokens' shape are added from the layout; where the batch has its own, those are cut instead.
-    The ranks check here that they hold the same batch (see ``CPConfig.check_consistency``).
+    Nothing is sent. Where a batch is refused, though, the other ranks hear of it at their first exchange.
 
     Args:
         batch: tensors that are the same on every rank. Dense formats: ``[B, S, ...]``; ``thd``: ``[T, ...]`` or
@@ -53,13 +53,17 @@ def get_batch_on_this_cp_rank(
     except Exception as error:
         cp_handler.agree("get_batch_on_this_cp_rank", error)
         raise
-    cp_handler.agree("get_batch_on_this_cp_rank")
     key = next((key for key in TOKEN_KEYS if isinstance(local.get(key), Tensor)), None)
     if key is not None and local.get("position_ids") is None:
         tokens: Tensor = local[key]
         shape = [1] * tokens.dim()
         shape[_seq_dim(key, batch[key], cp_handler, seq_dims or {})] = -1
-        local["position_ids"] = cp_handler.position_ids.to(tokens.device).view(shape).expand(tokens.shape).contiguous()
+        local["position_ids"] = (
+            cp_handler.position_ids.to(tokens.device)
+            .view(shape)
+            .expand(tokens.shape)
+            .clone(memory_format=torch.contiguous_format)
+        )
     return local
 
 
@@ -87,16 +91,18 @@ def _seq_dim(key: str, value: Tensor, handler: ContextParallelHandler, seq_dims:
         dim = seq_dims[key]
     elif key == "attention_mask" and value.dim() == 4:
         dim = 2
-    elif handler.qkv_format == "thd" and (value.dim() == 1 or value.shape[0] != 1 or length == 1):
+    elif handler.qkv_format == "thd" and (value.dim() <= 1 or value.shape[0] != 1 or length == 1):
         dim = 0
     else:
         dim = 1
-    if not -value.dim() <= dim < value.dim() or value.shape[dim] != length:
+    exists = -value.dim() <= dim < value.dim()
+    if not exists or value.shape[dim] != length:
         forms = "[T, ...] or [1, T, ...]" if handler.qkv_format == "thd" else "[B, S, ...]"
+        why = handler.explain_length(value.shape[dim], length) if exists else "the sequence is missing"
         raise InvalidValueError(
             f"batch[{key!r}] must have {length} rows in dim {dim}",
             got=f"shape {list(value.shape)}",
-            fix=f"batches are global and {forms}; name another dim with seq_dims={{{key!r}: ...}}",
+            fix=f"{why}; batches are global and {forms}; name another dim with seq_dims={{{key!r}: ...}}",
         )
     return dim % value.dim()
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -98,6 +99,24 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     if "cpu" in transports(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+_connected: WeakKeyDictionary[dist.ProcessGroup, set[torch.device]] = WeakKeyDictionary()
+
+
+def connect(group_name: str, device: torch.device) -> None:
+    """Set up a group's transport between all ranks before some of them send to each other.
+
+    NCCL makes its communicator at a group's first operation and wants every rank there; later, sends between pairs are
+    fine. To be called by every rank of the group. Nothing to do on gloo, and after the first time.
+    """
+    if device.type == "cpu":
+        return
+    group = process_group(group_name)
+    devices = _connected.setdefault(group, set())
+    if device not in devices and transports(group).get(device.type) == "nccl":
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+        devices.add(device)
 
 
 class Transfer:

@@ -66,6 +66,10 @@ class AttentionOptions:
             raise UnsupportedError(
                 "return_max_logit is not available yet", fix="leave it False; return_lse=True is available"
             )
+        if self.layer_number is not None and (
+            isinstance(self.layer_number, bool) or not isinstance(self.layer_number, int)
+        ):
+            raise InvalidTypeError("layer_number must be an int", got=repr(self.layer_number))
         if self.layer_number is not None and self.layer_number < 1:
             raise InvalidValueError("layer_number counts from 1", got=self.layer_number)
 
@@ -127,7 +131,12 @@ class CoreAttention(torch.nn.Module):
         self.current_max_attn_logits: Tensor | None = None
 
     def applied_to(self, options: AttentionOptions) -> AttentionOptions:
-        """The call's options, with this module's where the call leaves them open."""
+        """The call's options, with this module's where the call leaves them open.
+
+        Raises:
+            UnsupportedError: an attribute that was set to what is not available yet.
+        """
+        _refuse_unavailable(self.softcap, self.sinks, self.dropout_p)
         if options.softmax_scale is None:
             return replace(options, softmax_scale=self.softmax_scale)
         return options

@@ -94,8 +94,9 @@ class RingExchange(Exchange):
 
     At step s a rank holds the block of rank ``r - s``. A block stops after the last rank that needs it, and ranks that
     need nothing more of it are not sent it. Gradients start at the first rank that needs the block, follow it round
-    and go from the last one straight home, so that a rank's own share never travels. Two block buffers and three
-    gradient buffers, whatever the number of ranks.
+    and go from the last one straight home, so that a rank's own share never travels. Two block buffers and at most
+    four of gradients (this rank's share, the sum that arrives, the one that leaves, the own one coming home), whatever
+    the number of ranks.
     """
 
     def forward(self, plan: Plan, rows: Rows, group_name: str) -> Iterator[Block]:
@@ -130,6 +131,7 @@ def _circulate(plan: Plan, rows: Rows, group_name: str) -> Iterator[tuple[int, R
     if not any(last):
         yield 0, rows
         return
+    comm.connect(group_name, rows[0].device)
     held, spare = _Packed.of(rows), _Packed.empty_like(rows)
     for step in range(size):
         owner, upcoming = (rank - step) % size, (rank - step - 1) % size
@@ -202,11 +204,11 @@ class GatherExchange(Exchange):
 
     def backward(self, plan: Plan, rows: Rows, home: Rows, group_name: str) -> Iterator[Block]:
         """Gather again (a layer keeps only its own rows), yield the blocks, reduce-scatter their gradients."""
-        packed = _Packed.empty_like(home)
-        everyone = packed.flat.new_zeros(plan.cp_size, packed.flat.numel())
-        grads = [_Packed(flat, packed.shapes).rows for flat in everyone]
+        shapes = [row.shape for row in home]
+        everyone = home[0].new_zeros(plan.cp_size, sum(row.numel() for row in home))
+        grads = [_Packed(flat, shapes).rows for flat in everyone]
         yield from self._blocks(plan, _gathered(rows, plan.cp_size, group_name), grads)
-        total = _Packed(comm.reduce_scatter(everyone, group_name).view(-1), packed.shapes)
+        total = _Packed(comm.reduce_scatter(everyone, group_name).view(-1), shapes)
         for own, summed in zip(home, total.rows, strict=True):
             own.add_(summed)
 

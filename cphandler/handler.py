@@ -17,7 +17,7 @@ from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedErr
 from cphandler.layout import Layout
 from cphandler.mask import Mask, make_mask
 from cphandler.mesh import GroupSource, resolve_group
-from cphandler.rope import Freqs, deinterleaved, flat_table, rotate, yarn_scale
+from cphandler.rope import Freqs, deinterleaved, flat_table, yarn_scale
 from cphandler.sequence import Documents, Offsets, checked_offsets
 from cphandler.stream import Fragments
 
@@ -89,21 +89,24 @@ class ContextParallelHandler(ABC):
         self.qkv_format: Format = qkv_format
         self._group = resolve_group(cp_group)
         self._check_local_cp_size(local_cp_size)
-        self.mask = make_mask(mask)
-        self._refuse_cross_attention(
-            {
-                "cu_seqlens_kv": (cu_seqlens_q, cu_seqlens_kv),
-                "cu_seqlens_kv_padded": (cu_seqlens_q_padded, cu_seqlens_kv_padded),
-                "max_seqlen_kv": (max_seqlen_q, max_seqlen_kv),
-            }
-        )
+        self._mask = make_mask(mask)
+        given = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_kv": cu_seqlens_kv,
+            "cu_seqlens_q_padded": cu_seqlens_q_padded,
+            "cu_seqlens_kv_padded": cu_seqlens_kv_padded,
+        }
+        if qkv_format != "thd":
+            self._refuse_offsets([name for name, value in given.items() if value is not None])
+        self._refuse_cross_attention("cu_seqlens_kv", cu_seqlens_q, cu_seqlens_kv)
+        self._refuse_cross_attention("cu_seqlens_kv_padded", cu_seqlens_q_padded, cu_seqlens_kv_padded)
+        if max_seqlen_kv is not None and (max_seqlen_q is None or int(max_seqlen_kv) != int(max_seqlen_q)):
+            raise _no_cross_attention("max_seqlen_kv")
         self.padded_rows: Documents | None = None
         if qkv_format == "thd":
             self.documents = self._packed_documents(cu_seqlens_q, cu_seqlens_q_padded, key_padding_mask)
             self.max_seqlen_q = self._checked_max_seqlen(max_seqlen_q)
         else:
-            given = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_q_padded": cu_seqlens_q_padded}
-            self._refuse_offsets({name: value for name, value in given.items() if value is not None})
             self.documents = self._dense_document(max_seqlen_q, key_padding_mask)
             self.max_seqlen_q = self.documents.num_tokens
         self.device = self._device(cu_seqlens_q, key_padding_mask)
@@ -129,21 +132,12 @@ class ContextParallelHandler(ABC):
             )
 
     @staticmethod
-    def _refuse_cross_attention(pairs: dict[str, tuple[Any, Any]]) -> None:
+    def _refuse_cross_attention(name: str, query: Offsets | None, key: Offsets | None) -> None:
         """Accept key metadata that repeats the query's, as packed-sequence parameters often do."""
-        for name, (query, key) in pairs.items():
-            if key is None or key is query:
-                continue
-            same = (
-                query == key
-                if isinstance(key, int)
-                else query is not None and np.array_equal(checked_offsets(query, name), checked_offsets(key, name))
-            )
-            if not same:
-                raise UnsupportedError(
-                    f"{name} differs from its query twin, and cross attention is not available yet",
-                    fix="leave it None for self attention",
-                )
+        if key is None or key is query:
+            return
+        if query is None or not np.array_equal(checked_offsets(query, name), checked_offsets(key, name)):
+            raise _no_cross_attention(name)
 
     @staticmethod
     def _packed_documents(
@@ -168,7 +162,7 @@ class ContextParallelHandler(ABC):
             )
         return longest if max_seqlen is None else int(max_seqlen)
 
-    def _refuse_offsets(self, given: dict[str, Offsets]) -> None:
+    def _refuse_offsets(self, given: list[str]) -> None:
         if given:
             raise InvalidValueError(
                 f"qkv_format {self.qkv_format!r} is dense and takes no {' or '.join(given)}",
@@ -215,6 +209,16 @@ class ContextParallelHandler(ABC):
     def group(self) -> Any:
         """The process group; None with one rank and no group."""
         return self._group.source
+
+    @property
+    def mask(self) -> Mask:
+        """Who sees whom, unless a call says otherwise."""
+        return self._mask
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank holds which tokens; a class that leaves this to its engine has none to show."""
+        raise UnsupportedError(f"{type(self).__name__} does not show its layout")
 
     @property
     def seq_dim(self) -> int:
@@ -341,6 +345,7 @@ class ContextParallelHandler(ABC):
             :class:`AttentionResult` when ``return_lse`` is asked for.
         """
 
+    @abstractmethod
     def rope(
         self,
         tensor: Tensor,
@@ -365,8 +370,6 @@ class ContextParallelHandler(ABC):
         Raises:
             InvalidValueError: freqs of another length than L, or a rotary dim that does not fit.
         """
-        refuse_key_stream(stream)
-        return rotate(tensor, freqs, seq_dim=self.seq_dim, interleaved=interleaved, mscale=mscale, inverse=inverse)
 
     def apply_rotary_pos_emb(self, tensor: Tensor, freqs: Freqs, config: Any = None, *, stream: str = "q") -> Tensor:
         """:meth:`rope` with the settings of a Megatron-style config.
@@ -409,6 +412,8 @@ class ContextParallelHandler(ABC):
         needed = self.get_rotary_seq_len(freqs_mode=freqs_mode, stream=stream)
         tables = emb if isinstance(emb, tuple) else (emb,)
         for part in tables:
+            if not isinstance(part, Tensor):
+                raise InvalidTypeError("the rope table must be a tensor or a pair (cos, sin)", got=type(part).__name__)
             if flat_table(part, "the rope table").shape[0] < needed:
                 raise InvalidValueError(
                     "the rope table is too short",
@@ -430,6 +435,56 @@ class ContextParallelHandler(ABC):
     def fragments(self) -> Fragments:
         """The runs of one document each that this rank holds."""
         raise UnsupportedError(f"{type(self).__name__} does not list its fragments")
+
+    @property
+    def kv_layout(self) -> Layout:
+        """The key stream's layout: the query stream's, since attention is over one stream."""
+        return self.layout
+
+    @property
+    def kv_position_ids(self) -> Tensor:
+        """The key stream's :attr:`position_ids`."""
+        return self.position_ids
+
+    @property
+    def kv_valid_mask(self) -> Tensor:
+        """The key stream's :attr:`valid_mask`."""
+        return self.valid_mask
+
+    @property
+    def kv_num_local_tokens(self) -> int:
+        """The key stream's :attr:`num_local_tokens`."""
+        return self.num_local_tokens
+
+    @property
+    def kv_fragments(self) -> Fragments:
+        """The key stream's :attr:`fragments`."""
+        return self.fragments
+
+    def explain_length(self, got: int, expected: int) -> str:
+        """What a wrong sequence length probably means: a local tensor or local metadata where global ones belong.
+
+        Args:
+            got: rows that were found.
+            expected: rows that should be there, local or global.
+        """
+        length, local = self.documents.num_tokens, self.num_local_tokens
+        metadata = "cu_seqlens_q" if self.qkv_format == "thd" else "max_seqlen_q"
+        looks_local = f"{metadata} must be global, taken before the split over ranks"
+        if expected == length and got == local:
+            return "this is the length of a rank's own rows: the tensor was already dispatched"
+        if expected == local and got == length:
+            return f"this is the global length: dispatch the tensor first; if it is this rank's part, {looks_local}"
+        if expected == length and self.cp_size > 1 and -(-got // self.cp_size) == length:
+            return f"{looks_local}; it looks local"
+        return f"{metadata} says that the sequence has {length} tokens, {local} on each rank; {looks_local}"
+
+
+def _no_cross_attention(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} differs from its query twin, and cross attention is not available yet",
+        fix="leave it None for self attention",
+    )
 
 
 def refuse_key_stream(stream: str) -> None:

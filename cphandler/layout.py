@@ -74,6 +74,11 @@ class Layout:
                 fix="spans are (start, length, stride) in global tokens",
             )
         for rank, spans in enumerate(self.spans):
+            if (spans[:, STRIDE] < 1).any():
+                raise InvalidValueError(
+                    f"layout {self.name!r} gives rank {rank} a stride below 1",
+                    fix="local order is ascending inside a span",
+                )
             if (np.diff(spans[:, START]) < 0).any():
                 raise InvalidValueError(
                     f"layout {self.name!r} gives rank {rank} spans out of order", fix="sort by start"
@@ -116,6 +121,18 @@ class Layout:
         return result
 
     @cached_property
+    def strides(self) -> frozenset[int]:
+        """Strides of the spans of more than one token, on any rank."""
+        every = np.concatenate([spans[spans[:, LENGTH] > 1, STRIDE] for spans in self.spans])
+        return frozenset(np.unique(every).tolist())
+
+    @property
+    def keeps_global_order(self) -> bool:
+        """True where one rank holds all tokens as they come, so that nothing has to move."""
+        tokens = np.arange(self.num_tokens)
+        return self.cp_size == 1 and np.array_equal(self.positions(0), tokens)
+
+    @cached_property
     def inverse(self) -> Table:
         """``[S]`` place ``rank * L + local`` of each global token (of its first copy where replicated)."""
         result = np.empty(self.num_tokens, dtype=np.int64)
@@ -126,15 +143,16 @@ class Layout:
         return frozen(result)
 
     def tables(self, ranks: Sequence[int] | None = None) -> Iterator[Table]:
-        """Span tables ``(start, length, stride, local, rank)`` of the ranks, each disjoint and ascending.
+        """Span tables ``(start, length, stride, local, rank)`` of the ranks; the spans of a table do not interleave.
 
-        One table for all ranks where every stride is 1; one per rank otherwise, since strided spans of several
-        ranks interleave.
+        One table for all ranks where every stride is 1. Strided spans interleave, those of several ranks by nature and
+        those of one rank if a caller laid them so; each table then holds as many of one rank's as do not.
         """
         ranks = range(self.cp_size) if ranks is None else ranks
         parts = [np.insert(self.spans[rank], RANK, rank, axis=1) for rank in ranks]
         if self.replicated or any((part[:, STRIDE] != 1).any() for part in parts):
-            yield from parts
+            for part in parts:
+                yield from _apart(part)
             return
         merged = np.concatenate(parts) if parts else table([], 5)
         yield merged[np.argsort(merged[:, START], kind="stable")]
@@ -161,6 +179,23 @@ class Layout:
 
 def _unpickle(name: str, num_tokens: int, spans: Sequence[object], num_local_tokens: int, replicated: bool) -> Layout:
     return Layout(name, num_tokens, spans, num_local_tokens=num_local_tokens, replicated=replicated)
+
+
+def _apart(spans: Table) -> Iterator[Table]:
+    """Split ascending spans into tables in which each span ends before the next one starts."""
+    ends = spans[:, START] + (spans[:, LENGTH] - 1) * spans[:, STRIDE]
+    if (ends[:-1] < spans[1:, START]).all():
+        yield spans
+        return
+    tables: list[list[int]] = []
+    for row, start in enumerate(spans[:, START].tolist()):
+        fitting = next((rows for rows in tables if ends[rows[-1]] < start), None)
+        if fitting is None:
+            tables.append([row])
+        else:
+            fitting.append(row)
+    for rows in tables:
+        yield spans[rows]
 
 
 def _covers(spans: Table, num_tokens: int) -> bool:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cphandler.agreement import Agreement, shown
+from cphandler.agreement import Agreement, digest, shortened, shown
 from cphandler.attention import attention
-from cphandler.attention_call import AttentionCall, TensorRules, batch_first, describe, from_batch_first
+from cphandler.attention_call import AttentionCall, TensorRules, batch_first, from_batch_first, kind_of
 from cphandler.core_attention import AttentionOptions, OptionalArguments
-from cphandler.dispatch import GradMode, combine_rows, dispatch_rows
+from cphandler.dispatch import GradMode, as_movable, combine_rows, dispatch_rows, filler, restored
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler import ContextParallelHandler, FreqsMode, refuse_key_stream
 from cphandler.layout import Layout, contiguous, make_layout
 from cphandler.mask import Mask
 from cphandler.reshard import SequenceOrder
 from cphandler.roll import RollRoute, roll, roll_route
+from cphandler.rope import Freqs, rotate
 from cphandler.stream import Fragments, Stream
 
 T = TypeVar("T")
@@ -50,8 +52,12 @@ class LayoutHandler(ContextParallelHandler):
             if getattr(self.config, name) is not None:
                 raise UnsupportedError(f"CPConfig.{name} is not available yet", fix="leave it None")
         wanted = self.default_layout if layout is None else layout
-        self.layout = make_layout(wanted, self.documents.offsets, self.cp_size)
+        self._layout = make_layout(wanted, self.documents.offsets, self.cp_size)
         own = isinstance(layout, Layout) and not layout.replicated
+        if self.cp_size == 1 and not self.layout.keeps_global_order:
+            raise UnsupportedError(
+                "one rank holds all tokens in global order", got=repr(self.layout), fix="pass layout=None with one rank"
+            )
         if self.cp_size > 1 and not own and self.layout.name not in self.layouts:
             raise UnsupportedError(
                 f"{type(self).__name__} does not serve the {self.layout.name!r} layout",
@@ -61,6 +67,12 @@ class LayoutHandler(ContextParallelHandler):
         self._plans: dict[tuple[Mask, str], Tensor] = {}
         self._routes: dict[tuple[int, torch.device], RollRoute] = {}
         self._agreement = Agreement(self._group, self.config)
+        self._stream.bands(self.mask)  # a mask that does not fit the batch is refused here
+
+    @property
+    def layout(self) -> Layout:
+        """See :attr:`ContextParallelHandler.layout`."""
+        return self._layout
 
     @property
     def position_ids(self) -> Tensor:
@@ -87,31 +99,6 @@ class LayoutHandler(ContextParallelHandler):
         """See :attr:`ContextParallelHandler.fragments`."""
         return self._stream.fragments
 
-    @property
-    def kv_layout(self) -> Layout:
-        """The key stream's layout: the query stream's, since attention is over one stream."""
-        return self.layout
-
-    @property
-    def kv_position_ids(self) -> Tensor:
-        """The key stream's :attr:`position_ids`."""
-        return self.position_ids
-
-    @property
-    def kv_valid_mask(self) -> Tensor:
-        """The key stream's :attr:`valid_mask`."""
-        return self.valid_mask
-
-    @property
-    def kv_num_local_tokens(self) -> int:
-        """The key stream's :attr:`num_local_tokens`."""
-        return self.num_local_tokens
-
-    @property
-    def kv_fragments(self) -> Fragments:
-        """The key stream's :attr:`fragments`."""
-        return self.fragments
-
     def _table_rows(self, freqs_mode: FreqsMode, device: torch.device) -> Tensor:
         name = "positions" if freqs_mode == "per_document" else "tokens"
         return self._stream.tensor(name, device).clamp(min=0)
@@ -124,7 +111,7 @@ class LayoutHandler(ContextParallelHandler):
         """``[L]`` bool: True for a local row that holds no token at all."""
         return self._stream.tensor("tokens", device) < 0
 
-    def agree(self, call: str = "get_batch", error: Exception | None = None) -> None:
+    def agree(self, call: str = "agree", error: Exception | None = None) -> None:
         """Check that all ranks of the group hold this batch; does nothing after the first time.
 
         Every method that communicates does this by itself. Called early, it moves the check to a convenient place.
@@ -141,40 +128,48 @@ class LayoutHandler(ContextParallelHandler):
 
     def _facts(self, call: str) -> dict[str, str]:
         validity = self._stream.validity
-        spans = shown(np.concatenate(self.layout.spans), 0)
         return {
             "call": call,
             "handler": f"{type(self).__name__}({self.qkv_format})",
             "documents": str(self.documents.num_documents),
             "cu_seqlens_q": shown(self.documents.offsets),
             "valid tokens": f"{validity.num_valid_tokens} in runs {shown(validity.runs, 4)}",
-            "mask": repr(self.mask),
-            "layout": f"{self.layout.name} {spans}",
+            "mask": self._shown_mask(self.mask),
+            "layout": f"{self.layout.name} {digest(np.concatenate(self.layout.spans).tobytes())}",
             "config": repr(self.config.model_dump(exclude={"timeout"})),
         }
 
-    def _agreed(self, call: str, check: Callable[[], T]) -> T:
-        """Run a check; on the first exchange, let every rank know whether it passed on all."""
+    def _shown_mask(self, mask: Mask) -> str:
+        """A mask by its bands, which say all that matters, and by name; a caller's class may print an address."""
+        name = repr(mask) if is_dataclass(mask) else type(mask).__name__
+        return f"{shortened(name, 60)} {digest(self._stream.bands(mask).tobytes())}"
+
+    def _agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
+        """Run a check; on the first exchange, let every rank know whether it passed and whether all make one call."""
         try:
             result = check()
         except Exception as error:
-            self.agree(call, error)
+            self.agree(method, error)
             raise
-        self.agree(call)
+        if self._agreement.pending:
+            self.agree(f"{method} {describe(result)}")
         return result
 
     def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
         """See :meth:`ContextParallelHandler.dispatch`."""
 
         def check() -> int:
-            return self._checked_dim("dispatch", tensor, seq_dim, self.layout.num_tokens, stream)
+            dim = self._checked_dim("dispatch", tensor, seq_dim, self.layout.num_tokens, stream)
+            filler(pad_value, tensor)
+            return dim
 
-        communicates = self.sequence_sharded and isinstance(tensor, Tensor) and tensor.requires_grad
-        dim = self._agreed("dispatch", check) if communicates else check()
+        returns = (
+            self.sequence_sharded and isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
+        )
+        dim = self._agreed("dispatch", check, lambda dim: f"dim {dim} of {kind_of(tensor)}") if returns else check()
         if not self.sequence_sharded:
             return tensor
-        order, tokens = self._stream.order(tensor.device), self._stream.tensor("tokens", tensor.device)
-        return dispatch_rows(tensor, dim, tokens, order, pad_value, self._group.name)
+        return dispatch_rows(tensor, dim, self._stream, pad_value, self._group.name)
 
     def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
         """See :meth:`ContextParallelHandler.combine`."""
@@ -187,9 +182,22 @@ class LayoutHandler(ContextParallelHandler):
         if not self.sequence_sharded:
             check()
             return tensor
-        dim = self._agreed("combine", check)
-        order, tokens = self._stream.order(tensor.device), self._stream.tensor("tokens", tensor.device)
-        return combine_rows(tensor, dim, tokens, order, grad, self._group.name)
+        dim = self._agreed("combine", check, lambda dim: f"dim {dim} of {kind_of(tensor)}, grad {grad}")
+        return combine_rows(tensor, dim, self._stream, grad, self._group.name)
+
+    def rope(
+        self,
+        tensor: Tensor,
+        freqs: Freqs,
+        *,
+        interleaved: bool = False,
+        mscale: float = 1.0,
+        inverse: bool = False,
+        stream: str = "q",
+    ) -> Tensor:
+        """See :meth:`ContextParallelHandler.rope`."""
+        refuse_key_stream(stream)
+        return rotate(tensor, freqs, seq_dim=self.seq_dim, interleaved=interleaved, mscale=mscale, inverse=inverse)
 
     def _checked_dim(self, method: str, tensor: Any, seq_dim: Any, rows: int, stream: str) -> int:
         refuse_key_stream(stream)
@@ -206,21 +214,9 @@ class LayoutHandler(ContextParallelHandler):
             raise InvalidValueError(
                 f"{method} expects {rows} rows in dim {dim}",
                 got=f"shape {list(tensor.shape)}",
-                fix=self._length_hint(tensor.shape[dim], rows),
+                fix=self.explain_length(tensor.shape[dim], rows),
             )
         return dim
-
-    def _length_hint(self, got: int, expected: int) -> str:
-        """Name the classic mistakes: a local tensor or local offsets where global ones belong, and the reverse."""
-        length, local = self.layout.num_tokens, self.num_local_tokens
-        metadata = "cu_seqlens_q" if self.qkv_format == "thd" else "max_seqlen_q"
-        if expected == length and got == local:
-            return "this is the length of a rank's own rows: the tensor was already dispatched"
-        if expected == local and got == length:
-            return "this is the global length: dispatch the tensor first"
-        if expected == length and got == length * self.cp_size:
-            return f"{metadata} must be global, taken before the split over ranks; it looks local"
-        return f"{metadata} says that the sequence has {length} tokens, {local} on each rank"
 
     def roll_tensor(
         self,
@@ -239,9 +235,15 @@ class LayoutHandler(ContextParallelHandler):
         def check() -> int:
             if isinstance(shifts, bool) or not isinstance(shifts, int):
                 raise InvalidTypeError("shifts must be an int", got=repr(shifts))
-            return self._checked_dim("roll_tensor", tensor, dims, self.num_local_tokens, stream)
+            filler(fill_value, tensor)
+            dim = self._checked_dim("roll_tensor", tensor, dims, self.num_local_tokens, stream)
+            self._check_rows_of_batch(tensor, dim)
+            return dim
 
-        dim = self._agreed("roll_tensor", check) if self.sequence_sharded else check()
+        def describe(dim: int) -> str:
+            return f"by {shifts} in dim {dim} of {kind_of(tensor)}"
+
+        dim = self._agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
         key = shifts, tensor.device
         if key not in self._routes:
             self._routes[key] = roll_route(self._stream, shifts, tensor.device)
@@ -250,80 +252,95 @@ class LayoutHandler(ContextParallelHandler):
             rolled = self._cleared(rolled, dim, shifts, fill_value)
         return rolled, rolled.sum() if return_sum else None
 
-    def _cleared(self, rolled: Tensor, dim: int, shift: int, fill_value: float) -> Tensor:
-        """Fill where the row, or the row it came from, is padding in that row of the batch."""
-        copies, valid = self._stream.copies, self._stream.shifted_validity(shift, rolled.device)
-        if rolled.dim() < 2 or dim > 1 or rolled.shape[1 - dim] != copies:
+    def _check_rows_of_batch(self, tensor: Tensor, dim: int) -> None:
+        """With padding, what is real differs from row to row of the batch: the batch dim must be known."""
+        copies = self._stream.copies
+        if self.padded_rows is not None and (tensor.dim() < 2 or dim > 1 or tensor.shape[1 - dim] != copies):
             raise InvalidValueError(
                 "with a key-padding mask, roll_tensor needs the batch and the sequence as the first two dims",
-                got=f"shape {list(rolled.shape)} with the sequence in dim {dim}",
+                got=f"shape {list(tensor.shape)} with the sequence in dim {dim}",
                 fix=f"pass [B, L, ...] or [L, B, ...] with B = {copies}",
             )
+
+    def _cleared(self, rolled: Tensor, dim: int, shift: int, fill_value: float) -> Tensor:
+        """Fill where the row, or the row it came from, is padding in that row of the batch."""
+        valid = self._stream.shifted_validity(shift, rolled.device)
         keep = valid if dim == 1 else valid.T
         keep = keep.reshape(*keep.shape, *[1] * (rolled.dim() - 2))
-        return rolled.masked_fill(~keep, fill_value)
+        fill = as_movable(filler(fill_value, rolled))
+        return restored(as_movable(rolled).masked_fill(~keep, fill), rolled.dtype)
 
     def attention_call(
         self,
         attn_mod: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        tensors: tuple[Tensor, Tensor, Tensor],
         options: OptionalArguments,
         *,
+        exchange: str,
         check: Callable[[AttentionCall], None] | None = None,
-        takes_modules: bool = False,
     ) -> AttentionCall:
         """Check a ``core_attn`` call and, on the first exchange, that every rank makes the same one.
 
         Args:
             attn_mod: see :meth:`ContextParallelHandler.core_attn`.
-            query: local queries.
-            key: local keys.
-            value: local values.
+            tensors: local query, key and value.
             options: keyword options.
+            exchange: how keys will reach the queries: the name of an exchange, or ``"whole"`` where the algorithm
+                brings whole documents to this rank and can give them to a callable.
             check: what else the backend demands.
-            takes_modules: whether the algorithm has whole documents to give to a callable.
         """
-        tensors = query, key, value
         batch = None if self.padded_rows is None else self._stream.copies
-        rules = TensorRules(self.qkv_format, self.num_local_tokens, self.layout.num_tokens, batch)
+        rules = TensorRules(self.qkv_format, self.num_local_tokens, batch, self.explain_length)
 
         def checked() -> AttentionCall:
             settled = AttentionOptions.checked(options)
-            call = AttentionCall.of(attn_mod, tensors, settled, rules, self.mask, self.config)
+            call = AttentionCall.of(
+                attn_mod,
+                tensors,
+                options=settled,
+                rules=rules,
+                mask=self.mask,
+                config=self.config,
+                exchange=exchange if self.cp_size > 1 or exchange == "whole" else "none",
+            )
             if call.module is not None:
-                self._check_module(takes_modules, call)
+                self._check_module(call, settled)
             if self.layout.replicated and self.cp_size > 1:
                 raise UnsupportedError(
                     "core_attn on the replicated layout is not available yet", fix="use the zigzag or contiguous layout"
                 )
             if check is not None:
                 check(call)
+            if call.module is None:
+                self._plan(call)
             return call
 
-        return self._agreed(describe(attn_mod, tensors), checked)
+        return self._agreed("core_attn", checked, lambda call: f"{call.describe()}, {self._shown_mask(call.mask)}")
 
-    def _check_module(self, takes_modules: bool, call: AttentionCall) -> None:
-        if not takes_modules:
+    def _check_module(self, call: AttentionCall, options: AttentionOptions) -> None:
+        if call.exchange != "whole":
             raise UnsupportedError(
                 f"{type(self).__name__} never has whole documents to give to a callable",
                 fix="pass attn_mod=None or a CoreAttention, or use the ulysses backend",
             )
-        if self.padded_rows is not None or call.return_lse:
-            what = "return_lse" if call.return_lse else "key_padding_mask"
+        asked = {
+            "return_lse": call.return_lse,
+            "softmax_scale": options.softmax_scale is not None,
+            "key_padding_mask": self.padded_rows is not None,
+        }
+        if any(asked.values()):
             raise UnsupportedError(
-                f"a callable attn_mod cannot serve {what}", fix="pass attn_mod=None or a CoreAttention"
+                f"a callable attn_mod is not told of {', '.join(name for name, given in asked.items() if given)}",
+                fix="let the callable know by itself, or pass attn_mod=None or a CoreAttention",
             )
 
-    def attend(self, call: AttentionCall, *, exchange: str) -> tuple[Tensor, Tensor]:
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """Built-in attention of local queries over all ranks' keys.
 
         Returns:
             ``out [B, L, N, D_v]`` and ``lse [B, L, N]``.
         """
-        exchange = exchange if self.cp_size > 1 else "none"
-        return self._loop(call, call.q, call.k, call.v, self._plan(call.mask, exchange), exchange)
+        return self._loop(call, call.q, call.k, call.v)
 
     def attend_whole(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attention over whole documents held on this rank, by the built-in kernels or the caller's module.
@@ -338,28 +355,34 @@ class LayoutHandler(ContextParallelHandler):
             ``out [B, S, heads, D_v]`` and ``lse [B, S, heads]`` (None from a module).
         """
         if call.module is None:
-            return self._loop(call, q, k, v, self._plan(call.mask, "whole"), "none")
+            return self._loop(call, q, k, v)
         return self._call_module(call, q, k, v), None
 
-    def _plan(self, mask: Mask, exchange: str) -> Tensor:
-        """The packed plan for a mask, made once per batch."""
-        key = mask, exchange
+    def _plan(self, call: AttentionCall) -> Tensor:
+        """The packed plan for a call's mask and exchange, made once per batch."""
+        key = call.mask, call.exchange
         if key not in self._plans:
-            whole = contiguous(self.documents.offsets, 1) if exchange == "whole" else None
-            self._plans[key] = self._stream.plan(mask, whole, ring=exchange == "ring").to_tensor()
+            whole = contiguous(self.documents.offsets, 1) if call.exchange == "whole" else None
+            self._plans[key] = self._stream.plan(call.mask, whole, ring=call.exchange == "ring").to_tensor()
         return self._plans[key]
 
-    def _loop(
-        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, plan: Tensor, exchange: str
-    ) -> tuple[Tensor, Tensor]:
-        batch, rows = q.shape[:2]
+    def _loop(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention loop; rows of a batch with padding are laid end to end for it."""
+        batch, rows, heads = q.shape[:3]
         if self.padded_rows is not None:
-            q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
-        group_name = "" if exchange == "none" else self._group.name
+            q, k, v = (x.reshape(1, batch * rows, *x.shape[2:]) for x in (q, k, v))
+        travels = call.exchange not in ("whole", "none")
         out, lse = attention(
-            q, k, v, plan, scale=call.scale, kernel=call.kernel, exchange=exchange, group_name=group_name
+            q,
+            k,
+            v,
+            self._plan(call),
+            scale=call.scale,
+            kernel=call.kernel,
+            exchange=call.exchange if travels else "none",
+            group_name=self._group.name if travels else "",
         )
-        return out.view(batch, rows, *out.shape[2:]), lse.view(batch, rows, -1)
+        return out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads)
 
     def _call_module(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Give whole documents to the caller's module, padding removed."""

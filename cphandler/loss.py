@@ -13,12 +13,12 @@ from cphandler.errors import InvalidTypeError
 class _ConnectZero(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        ctx.shapes = [(x.shape, x.dtype, x.device) for x in tensors]
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
 
 
 def connect_zero_loss(loss: Tensor, *tensors: Tensor) -> Tensor:

@@ -121,7 +121,9 @@ class Bands(Mask):
         for i, row in enumerate(rows):
             if len(row) != 6:
                 raise InvalidValueError(f"band {i} must be (q0, q1, k0, k1, lo, hi)", got=f"{len(row)} numbers")
-            if any(math.isnan(value) or (not math.isinf(value) and int(value) != value) for value in row):
+            if any(math.isnan(value) or (not math.isinf(value) and int(value) != value) for value in row) or any(
+                math.isinf(value) for value in row[:4]
+            ):
                 raise InvalidValueError(f"band {i} must hold integers", got=tuple(row))
             q0, q1, k0, k1 = (int(value) for value in row[:4])
             lo, hi = (int(min(max(value, -UNBOUNDED), UNBOUNDED)) for value in row[4:])

@@ -53,7 +53,8 @@ class Plan:
     def to_tensor(self) -> Tensor:
         """One int64 tensor that carries the plan through an operator's signature (and a data loader's queue)."""
         header = np.array([self.cp_size, self.rank, len(self.tasks), len(self.hops)], dtype=np.int64)
-        return torch.from_numpy(np.concatenate([header, self.tasks.reshape(-1), self.hops.reshape(-1)]))
+        with torch.inference_mode(mode=False):  # scored first, the same batch may train later
+            return torch.from_numpy(np.concatenate([header, self.tasks.reshape(-1), self.hops.reshape(-1)]))
 
     @classmethod
     def from_tensor(cls, packed: Tensor) -> Plan:
@@ -75,8 +76,15 @@ def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: b
         ring: also work out how far each block must travel round a ring.
 
     Raises:
-        UnsupportedError: query and key spans of different strides meet.
+        UnsupportedError: spans of several strides; on every rank alike, whether its own are among them or not.
     """
+    strides = queries.strides | keys.strides
+    if len(strides) > 1:
+        raise UnsupportedError(
+            "attention needs query and key spans of one stride",
+            got=f"strides {', '.join(map(str, sorted(strides)))}",
+            fix="use one layout for both streams, of stride 1 such as zigzag, or striped",
+        )
     tasks = _coalesced(_tasks(bands, queries, keys, rank))
     step = (rank - tasks[:, OWNER]) % keys.cp_size
     tasks = tasks[np.lexsort((tasks[:, K], tasks[:, Q], step))]
@@ -137,7 +145,7 @@ def _local_tasks(pieces: _Pieces, key_spans: Table) -> tuple[Table, Table]:
     piece, span, k_first, k_stop = _cut(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
     bands, q_spans, k_spans = pieces.bands[piece], pieces.spans[piece], key_spans[span]
     q_first, nq, nk = pieces.first[piece], (pieces.stop - pieces.first)[piece], k_stop - k_first
-    stride = _common_stride(q_spans[:, STRIDE], k_spans[:, STRIDE], nq, nk)
+    stride = np.maximum(q_spans[:, STRIDE], k_spans[:, STRIDE])  # a span of one row says 1, and has any
     offset = (k_spans[:, START] + k_first * k_spans[:, STRIDE]) - (q_spans[:, START] + q_first * q_spans[:, STRIDE])
     local = np.stack([np.zeros_like(nq), nq, np.zeros_like(nk), nk, bands[:, LO], bands[:, HI]], axis=1)
     bounded = bands[:, LO] > -UNBOUNDED
@@ -166,19 +174,6 @@ def _trimmed(local: Table) -> tuple[Table, Flags]:
     kept = np.zeros(len(local), dtype=bool)
     kept[numbered[:, -1]] = True
     return numbered[:, :-1], kept
-
-
-def _common_stride(q_stride: Table, k_stride: Table, nq: Table, nk: Table) -> Table:
-    """The stride both sides of each task share; a single row has any stride."""
-    q_stride = np.where(nq == 1, k_stride, q_stride)
-    k_stride = np.where(nk == 1, q_stride, k_stride)
-    if (q_stride != k_stride).any():
-        raise UnsupportedError(
-            "attention needs query and key spans of one stride",
-            got=f"strides {sorted(set(q_stride.tolist()) | set(k_stride.tolist()))}",
-            fix="use one layout for both streams, or a layout of stride 1 such as zigzag",
-        )
-    return q_stride
 
 
 def _is_full(tasks: Table) -> Flags:
@@ -253,17 +248,25 @@ def _joined_diagonal(tasks: Table) -> Table:
 
 
 def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
-    """``[P_q, P_k]``: whether rank r's queries see any key of owner o."""
+    """``[P_q, P_k]``: whether rank r's queries see any key of owner o.
+
+    Looks at bands by the hundreds and stops when everybody sees everybody, as soon happens for most batches.
+    """
     bands = tightened(bands)
     result = np.zeros((queries.cp_size, keys.cp_size), dtype=bool)
-    for query_spans in queries.tables():
-        pieces = _query_pieces(bands, query_spans)
-        for key_spans in keys.tables():
-            if (query_spans[:, STRIDE] != 1).any() or (key_spans[:, STRIDE] != 1).any():
-                tasks, ranks = _local_tasks(pieces, key_spans)
-                result[ranks, tasks[:, OWNER]] = True
-            else:
-                _mark_owners(result, pieces, key_spans)
+    query_tables, key_tables = list(queries.tables()), list(keys.tables())
+    strided = any((spans[:, STRIDE] != 1).any() for spans in [*query_tables, *key_tables])
+    for some in range(0, len(bands), 256):
+        for query_spans in query_tables:
+            pieces = _query_pieces(bands[some : some + 256], query_spans)
+            for key_spans in key_tables:
+                if strided:
+                    tasks, ranks = _local_tasks(pieces, key_spans)
+                    result[ranks, tasks[:, OWNER]] = True
+                else:
+                    _mark_owners(result, pieces, key_spans)
+        if result.all():
+            break
     return result
 
 
@@ -273,6 +276,11 @@ def _mark_owners(result: Flags, pieces: _Pieces, key_spans: Table) -> None:
     At stride 1 every key of a tightened piece is seen, so a piece marks one run of the ascending spans; runs are summed
     by counting, per rank, where they open and close.
     """
+    if not len(pieces.bands):
+        return
+    lowest, highest = pieces.bands[:, K0].min(), pieces.bands[:, K1].max()
+    near = (key_spans[:, START] < highest) & (key_spans[:, START] + key_spans[:, LENGTH] > lowest)
+    key_spans = key_spans[near]
     opens = np.searchsorted(key_spans[:, START] + key_spans[:, LENGTH], pieces.bands[:, K0], side="right")
     closes = np.searchsorted(key_spans[:, START], pieces.bands[:, K1], side="left")
     some = (pieces.bands[:, K1] > pieces.bands[:, K0]) & (closes > opens)

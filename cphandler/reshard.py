@@ -166,7 +166,7 @@ def _to_tokens(
     shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
     counts = [_elements(shape) for shape in shapes]
     ranked = [_rank_major(x.transpose(0, 1), tokens, identity).reshape(size, -1 if len(tokens) else 0) for x in tensors]
-    sent = (torch.cat(ranked, dim=1) if len(ranked) > 1 else ranked[0]).view(-1)
+    sent = (torch.cat(ranked, dim=1) if len(ranked) > 1 else ranked[0]).reshape(-1)
     received = comm.all_to_all(sent, [counts[rank]] * size, counts, group_name).split(counts)
     arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
     return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cphandler import comm
+from cphandler.dispatch import as_movable, filler, restored
 from cphandler.intervals import Table
-from cphandler.stream import Stream
+from cphandler.stream import Stream, device_copy
 
 
 class RollRoute(NamedTuple):
@@ -50,14 +51,11 @@ def roll_route(stream: Stream, shift: int, device: torch.device) -> RollRoute:
     comes = np.flatnonzero(arrives & (from_rank != rank))
     comes = comes[np.lexsort((held[comes], from_rank[comes]))]
 
-    def tensor(rows: Table) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int64)).to(device)
-
     return RollRoute(
-        tensor(held[goes]),
-        tensor(held[stays]),
-        tensor(to_row[stays]),
-        tensor(held[comes]),
+        device_copy(held[goes], device),
+        device_copy(held[stays], device),
+        device_copy(to_row[stays], device),
+        device_copy(held[comes], device),
         np.bincount(to_rank[goes], minlength=size).tolist(),
         np.bincount(from_rank[comes], minlength=size).tolist(),
     )
@@ -80,10 +78,13 @@ def _partner(stream: Stream, rows: Table, distance: int) -> tuple[Table, Table]:
 
 def roll(tensor: Tensor, dim: int, route: RollRoute, fill_value: float, group_name: str) -> Tensor:
     """Apply a route along ``dim``; rows nobody fills hold ``fill_value``. Differentiable, one batched exchange."""
-    rolled = torch.full_like(tensor, fill_value, memory_format=torch.contiguous_format)
-    rolled = rolled.index_copy(dim, route.kept_targets, tensor.index_select(dim, route.kept_sources))
+    bits, fill = as_movable(tensor), as_movable(filler(fill_value, tensor))
+    rolled = bits.new_empty(bits.shape).copy_(fill)
+    rolled = rolled.index_copy(dim, route.kept_targets, bits.index_select(dim, route.kept_sources))
+    if len(route.send_counts) > 1:
+        comm.connect(group_name, tensor.device)
     if any(route.send_counts) or any(route.recv_counts):
-        sent = tensor.index_select(dim, route.sources).movedim(dim, 0)
+        sent = bits.index_select(dim, route.sources).movedim(dim, 0)
         arrived = comm.exchange_rows(sent, route.send_counts, route.recv_counts, group_name)
         rolled = rolled.index_copy(dim, route.targets, arrived.movedim(0, dim))
-    return rolled
+    return restored(rolled, tensor.dtype)

@@ -66,12 +66,14 @@ def _cos_sin(freqs: Freqs, dtype: torch.dtype, mscale: float, inverse: bool) -> 
     pair = freqs if isinstance(freqs, tuple) else (freqs,)
     if len(pair) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in pair):
         raise InvalidTypeError("freqs must be a floating-point tensor or a pair (cos, sin)", got=type(freqs).__name__)
-    flat = [flat_table(part, "freqs").to(dtype) for part in pair]
-    cos, sin = (flat[0].cos(), flat[0].sin()) if len(flat) == 1 else flat
+    flat = [flat_table(part, "freqs") for part in pair]
+    # Angles grow with the position: cos and sin of a float64 table are taken before anything is rounded.
+    exact = [part.to(torch.promote_types(part.dtype, dtype)) for part in flat]
+    cos, sin = (exact[0].cos(), exact[0].sin()) if len(exact) == 1 else exact
     if cos.shape != sin.shape:
         raise InvalidValueError("cos and sin must have one shape", got=f"{list(cos.shape)} and {list(sin.shape)}")
     scale = 1.0 / mscale if inverse else mscale
-    return cos * scale, sin * (-scale if inverse else scale)
+    return (cos * scale).to(dtype), (sin * (-scale if inverse else scale)).to(dtype)
 
 
 def flat_table(table: Tensor, name: str) -> Tensor:

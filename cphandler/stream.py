@@ -31,6 +31,12 @@ class Fragments(NamedTuple):
     local: Table
 
 
+def device_copy(array: Table | Flags, device: torch.device) -> Tensor:
+    """An index array on a device; an ordinary tensor also under inference mode, since a batch may train later."""
+    with torch.inference_mode(mode=False):
+        return torch.from_numpy(np.array(array)).to(device)
+
+
 class Stream:
     """Documents cut by a layout, seen from one rank.
 
@@ -48,6 +54,8 @@ class Stream:
         self.rank = rank
         self.padded_rows = padded_rows
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._bands: dict[Mask, Table] = {}
+        self._orders: dict[torch.device, SequenceOrder] = {}
 
     @property
     def copies(self) -> int:
@@ -91,8 +99,7 @@ class Stream:
             source = self.tokens - shift
             inside = (self.tokens >= 0) & (source >= 0) & (source < self.layout.num_tokens)
             real = self.validity.is_valid(np.where(inside, source, 0)[None] + first)
-            both = torch.from_numpy(np.array(inside[None] & real & np.atleast_2d(self.valid)))
-            self._tensors[key] = both.to(device)
+            self._tensors[key] = device_copy(inside[None] & real & np.atleast_2d(self.valid), device)
         return self._tensors[key]
 
     @cached_property
@@ -111,28 +118,43 @@ class Stream:
         columns = (document, start, stop - first, stride, spans[span, LOCAL] + first)
         return Fragments(*(column[keep] for column in columns))
 
+    @cached_property
+    def pad_runs(self) -> list[tuple[int, int]]:
+        """``(first local row, count)`` of the runs of pad rows."""
+        pads = np.flatnonzero(self.tokens < 0)
+        cuts = np.flatnonzero(np.diff(pads) > 1) + 1
+        return [(int(run[0]), len(run)) for run in np.split(pads, cuts) if len(run)]
+
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """One of this stream's index arrays (``tokens``, ``places``, ``positions``, ``valid``) on a device, cached."""
+        """One of this stream's index arrays (``tokens``, ``positions``, ``valid``) on a device, cached."""
         key = name, device
         if key not in self._tensors:
-            array = self.layout.inverse if name == "places" else getattr(self, name)
-            self._tensors[key] = torch.from_numpy(np.array(array)).to(device)
+            self._tensors[key] = device_copy(getattr(self, name), device)
         return self._tensors[key]
 
     def order(self, device: torch.device) -> SequenceOrder:
-        """How rows of all ranks and global tokens correspond, for the Ulysses reshard."""
-        key = "all_tokens", device
-        if key not in self._tensors:
+        """How rows of all ranks and global tokens correspond, cached."""
+        if device not in self._orders:
+            places = self.layout.inverse
             everyone = np.concatenate([self.layout.positions(rank) for rank in range(self.layout.cp_size)])
-            self._tensors[key] = torch.from_numpy(everyone).to(device)
-        places = self.layout.inverse
-        identity = len(places) == self.layout.cp_size * self.num_local_tokens and bool((np.diff(places) == 1).all())
-        return SequenceOrder(self.tensor("places", device), self._tensors[key], identity)
+            identity = len(places) == len(everyone) and bool((np.diff(places) == 1).all())
+            self._orders[device] = SequenceOrder(device_copy(places, device), device_copy(everyone, device), identity)
+        return self._orders[device]
 
     def plan(self, mask: Mask, layout: Layout | None = None, *, ring: bool = False) -> Plan:
         """The tasks of this rank under a mask, for this stream's layout or for another over the same tokens."""
         layout = self.layout if layout is None else layout
         rank = self.rank if layout.cp_size > 1 else 0
-        bands = stack(mask.bands(self.documents.offsets), self.copies, self.layout.num_tokens)
         stacked = layout.stack(self.copies)
-        return make_plan(restrict(bands, self.validity.runs), stacked, stacked, rank, ring=ring)
+        bands = restrict(stack(self.bands(mask), self.copies, self.layout.num_tokens), self.validity.runs)
+        return make_plan(bands, stacked, stacked, rank, ring=ring)
+
+    def bands(self, mask: Mask) -> Table:
+        """A mask's bands over these documents, cached.
+
+        Raises:
+            InvalidValueError: a mask that does not fit them.
+        """
+        if mask not in self._bands:
+            self._bands[mask] = mask.bands(self.documents.offsets)
+        return self._bands[mask]

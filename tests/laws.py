@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cphandler import CPConfig, get_cp_handler_cls
+from cphandler import CPConfig, Layout, get_cp_handler_cls
 from cphandler.handler import ContextParallelHandler
 from cphandler.mask import Causal, Mask
 from cphandler.sequence import Documents
@@ -59,7 +59,7 @@ class Case:
     backend: str = "ring"
     cp_size: int = 2
     qkv_format: str = "thd"
-    layout: str | None = None
+    layout: str | Layout | None = None
     mask: Mask = field(default_factory=Causal)
     batch: Batch = field(default_factory=Batch)
     heads: tuple[int, int] = (4, 2)
@@ -217,6 +217,8 @@ def check_round_trip(case: Case) -> None:
         torch.randint(-(2**62), 2**62, (rows, 2), generator=generator),
         torch.rand(rows, 2, 2, generator=generator) > 0.5,
         torch.randn(rows, 2, generator=generator, dtype=torch.complex64),
+        torch.randn(rows, 2, generator=generator).to(torch.float8_e4m3fn),
+        torch.randint(0, 2**16, (rows,), generator=generator).to(torch.uint16),
         torch.randn(rows, 1, 1, generator=generator).expand(rows, 2, 5),
         torch.arange(rows),
     ]
@@ -296,6 +298,11 @@ def check_roll(case: Case) -> None:
                 local = handler.dispatch(expected, dim, pad_value=fill)
                 assert same_bits(actual, local), f"roll by {shift} of {x.dtype} {list(x.shape)}: {case}"
                 assert torch.equal(total, local.contiguous().sum())
+    for dtype in (torch.float8_e4m3fn, torch.uint16):  # torch stores these and can do little else with them
+        rare = integers.to(dtype)
+        moved, _ = handler.roll_tensor(handler.dispatch(rare, 1), -1, 1, return_sum=False)
+        expected = rolled_reference(case, integers, -1, 1, 0, documents, valid)
+        assert same_bits(moved, handler.dispatch(expected.to(dtype), 1)), f"roll of {dtype}: {case}"
     x = torch.randn(batch, rows, 2, generator=generator, dtype=torch.float64)
     grad = torch.randn(batch, rows, 2, generator=generator, dtype=torch.float64)
     leaf = handler.dispatch(x, 1).clone().requires_grad_()

@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cphandler import CPConfig, RankMismatchError, get_batch_on_this_cp_rank, get_cp_handler_cls, record_traffic
+from cphandler import (
+    Bands,
+    CPConfig,
+    Full,
+    Mask,
+    RankMismatchError,
+    get_batch_on_this_cp_rank,
+    get_cp_handler_cls,
+    record_traffic,
+)
 from cphandler.testing import RankPool, partition_group
 
 
@@ -54,21 +63,42 @@ def different_in(what: str) -> str:
         arguments["mask"] = "full"
     if what == "layout" and odd:
         arguments["layout"] = "contiguous"
-    if what == "config" and odd:
+    if (what == "config" and odd) or what == "option":
         arguments["config"] = CPConfig(kernel="reference")
     handler = make(partition_group([range(4)]), [16], **arguments)
     x = torch.randn(4, 2, 8, dtype=torch.float64 if what == "call" and odd else torch.float32)
     if what == "order" and odd:
         return message_of(lambda: handler.combine(x, 0))
+    if what == "after get_batch":
+        get_batch_on_this_cp_rank({"tokens": torch.arange(16)}, cp_handler=handler)
+        x = x[:, :1] if odd else x
+    if what.endswith("combine"):
+        shape = torch.zeros(4, 3) if odd else x
+        return message_of(
+            lambda: handler.combine(x.int() if odd and what.startswith("dtype") else shape if "shape" in what else x, 0)
+        )
+    if what == "roll":
+        return message_of(lambda: handler.roll_tensor(x, -2 if odd else -1, 0))
+    options: dict[str, Any] = {"return_lse": True} if what == "option" and odd else {}
+    if what == "mask of a call" and odd:
+        options = {"mask": "full"}
+    if options or what == "option":
+        return message_of(lambda: handler.core_attn(None, x, x, x, **options))
     return message_of(lambda: handler.core_attn(None, x, x, x))
 
 
 EXPECTED = {
-    "mask": "mask: rank 0 and 2 and 3 has Causal(), rank 1 has Full()",
+    "mask": "mask: rank 0 and 2 and 3 has Causal() #",
     "layout": "rank 1 has contiguous",
     "config": "'kernel': 'reference'",
-    "call": "rank 1 has core_attn(NoneType; float64",
+    "call": "rank 1 has core_attn (float64",
     "order": "rank 1 has combine",
+    "option": "reference, scale 0.353553, lse), Causal()",
+    "mask of a call": "Full()",
+    "after get_batch": "rank 1 has core_attn (float32 [1, 4, 1, 8]",
+    "dtype of combine": "rank 1 has combine dim 0 of int32 [4, 2, 8]",
+    "shape of combine": "rank 1 has combine dim 0 of float32 [4, 3]",
+    "roll": "rank 1 has roll_tensor by -2",
 }
 
 
@@ -88,7 +118,12 @@ def one_rank_refuses(method: str) -> str:
         return message_of(lambda: handler.core_attn(None, x, x, x.double() if odd else x))
     if method == "get_batch":
         batch = {"tokens": torch.zeros(16 if not odd else 15, dtype=torch.int64)}
-        return message_of(lambda: get_batch_on_this_cp_rank(batch, cp_handler=handler))
+
+        def step() -> None:
+            local = get_batch_on_this_cp_rank(batch, cp_handler=handler)
+            handler.core_attn(None, x, x, x + local["tokens"].view(-1, 1, 1))
+
+        return message_of(step)
     return message_of(lambda: handler.combine(x[:3] if odd else x, 0))
 
 
@@ -99,6 +134,40 @@ def test_a_refusal_of_one_rank_reaches_the_others(ranks: RankPool, method: str) 
     assert len(set(others)) == 1
     assert "another rank of the context-parallel group refused this call; got rank 3: Invalid" in others[0]
     assert own.removeprefix("own: ")[:60] in others[0]
+
+
+class Reversed(Mask):
+    """A caller's mask without a readable name."""
+
+    def bands(self, offsets: Any) -> Any:
+        return Full().bands(offsets)
+
+
+def own_mask() -> str:
+    handler = make(partition_group([range(4)]), [16], mask=Reversed())
+    x = torch.randn(4, 2, 8)
+    return message_of(lambda: handler.core_attn(None, x, x, x))
+
+
+def test_masks_are_compared_by_what_they_say(ranks: RankPool) -> None:
+    assert ranks.run(own_mask) == ["nothing"] * 4
+
+
+def many_documents() -> str:
+    odd = dist.get_rank() == 1
+    handler = make(
+        partition_group([range(4)]),
+        [5] * 3000 + ([7, 9] if odd else [9, 7]),
+        mask=Bands([(i, i + 1, i, i + 1, 0, 0) for i in range(500)]),
+    )
+    x = torch.randn(handler.num_local_tokens, 1, 8)
+    return message_of(lambda: handler.core_attn(None, x, x, x))
+
+
+def test_long_facts_still_name_ranks(ranks: RankPool) -> None:
+    messages = ranks.run(many_documents)
+    assert len(set(messages)) == 1
+    assert "cu_seqlens_q: rank 0 and 2 and 3 has [0, 5, 10, 15, 20, 25, ...] #" in messages[0]
 
 
 def how_often(mode: str) -> list[int]:

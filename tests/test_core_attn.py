@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 
+from cphandler import Layout
 from cphandler.mask import Bands, Causal, Full, SlidingWindow
 from cphandler.sequence import Documents
 from cphandler.testing import RankPool, assert_close, dense_attention, visible_pairs
-from tests.laws import Batch, Case, check_all
+from tests.laws import (
+    Batch,
+    Case,
+    check_all,
+    check_attention,
+    check_gradients_of_movement,
+    check_roll,
+    group_of,
+    make_handler,
+)
 
 MASKS = (Causal(), Full(), SlidingWindow(3), SlidingWindow(4, 2))
 PACKED = (
@@ -18,10 +31,14 @@ PACKED = (
     Batch((40,)),
     Batch((7, 0, 9), padded=(8, 4, 16)),
     Batch((2, 1, 1)),
+    Batch((0, 0)),
 )
 DENSE = (
     Batch((11,)),
     Batch((1,)),
+    Batch((2,), rows=3),
+    Batch((0,)),
+    Batch((5,), rows=0),
     Batch(real=("xxxxxxxxx", "xxxxx....", "....xxxxx", "xx..xx.xx", ".........")),
 )
 BACKENDS = {"ulysses": ("contiguous", "zigzag", "striped"), "ring": ("zigzag", "contiguous", "striped")}
@@ -78,10 +95,62 @@ def test_head_counts(ranks: RankPool, heads: tuple[int, int], cp_size: int) -> N
 @pytest.mark.parametrize("backend", ["ring", "all_gather", "ulysses"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
+    batch = Batch((130, 61, 9))
     made = [
-        Case(backend=backend, cp_size=4, dtype=dtype, mask=mask, batch=Batch((130, 61, 9)), lse=False) for mask in MASKS
+        Case(backend=backend, cp_size=4, dtype=dtype, mask=mask, batch=batch, lse=lse)
+        for mask in MASKS
+        for lse in (False, True)
     ]
     ranks.run(check_all, made)
+
+
+def custom_layouts(seed: int) -> None:
+    """Attention and movement on layouts that callers build: any order of pieces, gaps, pads, interleaved strides."""
+    for cp_size in (2, 4):
+        group, _ = group_of(Case(cp_size=cp_size))
+        for kind in ("pieces", "stripes"):
+            for trial in range(3):
+                rng = np.random.default_rng([seed, cp_size, trial])
+                rows = int(rng.integers(cp_size, 30))
+                layout = random_pieces(rng, rows, cp_size) if kind == "pieces" else random_stripes(rng, rows, cp_size)
+                cuts = sorted({0, rows, *rng.integers(0, rows, 3).tolist()})
+                lengths = tuple(np.diff(cuts).tolist())
+                for backend in ("ring", "all_gather", "ulysses"):
+                    mask = MASKS[int(rng.integers(len(MASKS)))]
+                    case = Case(backend, cp_size, layout=layout, mask=mask, batch=Batch(lengths))
+                    check_attention(case)
+                check_gradients_of_movement(Case("ring", cp_size, layout=layout, batch=Batch(lengths)))
+                check_roll(Case("ring", cp_size, layout=layout, batch=Batch(lengths)))
+                assert (make_handler(case, group).dispatch(torch.arange(rows), 0, pad_value=-1) >= -1).all()
+
+
+def random_pieces(rng: np.random.Generator, rows: int, cp_size: int) -> Layout:
+    """Runs of tokens on random ranks, in a random local order with pad rows between them."""
+    cuts = sorted({0, rows, *rng.integers(0, rows, 6).tolist()})
+    spans: list[list[tuple[int, int, int, int]]] = [[] for _ in range(cp_size)]
+    ends = [0] * cp_size
+    pieces = [(a, b - a) for a, b in pairwise(cuts)]
+    for i in rng.permutation(len(pieces)).tolist():
+        rank = int(rng.integers(cp_size))
+        local = ends[rank] + int(rng.integers(0, 3))
+        spans[rank].append((pieces[i][0], pieces[i][1], 1, local))
+        ends[rank] = local + pieces[i][1]
+    return Layout("pieces", rows, [sorted(s) for s in spans], num_local_tokens=max(ends) + 1)
+
+
+def random_stripes(rng: np.random.Generator, rows: int, cp_size: int) -> Layout:
+    """Several residues a rank, so that a rank's own spans interleave."""
+    stride = 2 * cp_size + 1
+    spans: list[list[tuple[int, int, int]]] = [[] for _ in range(cp_size)]
+    for residue, rank in enumerate(rng.integers(0, cp_size, stride).tolist()):
+        if residue < rows:
+            spans[rank].append((residue, -(-(rows - residue) // stride), stride))
+    return Layout("stripes", rows, spans)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_layouts_that_callers_build(ranks: RankPool, seed: int) -> None:
+    ranks.run(custom_layouts, seed)
 
 
 def test_user_bands(ranks: RankPool) -> None:

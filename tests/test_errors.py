@@ -12,12 +12,16 @@ import torch
 import torch.distributed as dist
 
 from cphandler import (
+    Bands,
+    CoreAttention,
     CPConfig,
     CPError,
     InvalidTypeError,
     InvalidValueError,
+    Layout,
     LayoutHandler,
     UnsupportedError,
+    get_batch_on_this_cp_rank,
     get_cp_handler_cls,
     record_traffic,
 )
@@ -221,7 +225,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a module asked for lse": (
         lambda h: h.core_attn(lambda *a, **k: a[0], heads(2), heads(2), heads(2), return_lse=True),
         NotImplementedError,
-        "cannot serve return_lse",
+        "is not told of return_lse",
     ),
     "a module that flattens": (
         lambda h: h.core_attn(lambda *a, **k: a[0].flatten(1), heads(2), heads(2), heads(2)),
@@ -248,7 +252,7 @@ def test_batch_sizes_are_compared() -> None:
         padded.core_attn(None, x, x, x)
     with pytest.raises(InvalidValueError, match="first two dims"):
         padded.roll_tensor(torch.zeros(12), -1, 0)
-    with pytest.raises(UnsupportedError, match="cannot serve key_padding_mask"):
+    with pytest.raises(UnsupportedError, match="is not told of key_padding_mask"):
         padded.core_attn(lambda *a, **k: a[0], *[torch.zeros(12, 3, 2, 8)] * 3)
 
 
@@ -273,7 +277,7 @@ def on_every_rank() -> None:
     local, whole = torch.randn(4, 6, 8), torch.randn(16, 6, 8)
     refused(lambda: ring.dispatch(local, 0), ValueError, "already dispatched")
     refused(lambda: ring.combine(whole, 0), ValueError, "dispatch the tensor first")
-    refused(lambda: ring.core_attn(None, whole, whole, whole), ValueError, "dispatch first")
+    refused(lambda: ring.core_attn(None, whole, whole, whole), ValueError, "dispatch the tensor first")
     refused(
         lambda: make("ring", cu_seqlens_q=[0, 4]).dispatch(whole, 0),
         ValueError,
@@ -291,6 +295,20 @@ def on_every_rank() -> None:
     )
     refused(lambda: make("local"), ValueError, 'get_cp_handler_cls("local", "a2a")')
     refused(lambda: make("ring", local_cp_size=2), ValueError, "local_cp_size must be the size of cp_group")
+    refused(lambda: ring.roll_tensor(torch.zeros(4).int(), -1, 0, fill_value=float("nan")), ValueError, "does not fit")
+    refused(lambda: ring.dispatch(torch.zeros(16).int(), 0, pad_value=float("nan")), ValueError, "nan does not fit")
+    mixed = Layout("mixed", 16, [[(0, 4, 1)], [(4, 4, 1)], [(8, 4, 2)], [(9, 4, 2)]])
+    gather = make("all_gather", layout=mixed)
+    refused(
+        lambda: gather.core_attn(None, local, local, local),
+        NotImplementedError,
+        "spans of one stride; got strides 1, 2",
+    )
+    masks = torch.ones(2, 16, dtype=torch.bool)
+    padded = get_cp_handler_cls("ring")(
+        cp_group=group, qkv_format="bshd", max_seqlen_q=16, key_padding_mask=masks, config=never
+    )
+    refused(lambda: padded.roll_tensor(torch.zeros(3, 4), -1, 1), ValueError, "first two dims")
     elsewhere = dist.new_group([0, 1])
     if dist.get_rank() > 1:
         refused(lambda: make("ring", cp_group=elsewhere), ValueError, "this process is not in cp_group")
@@ -342,6 +360,83 @@ def test_a_group_that_cannot_communicate_serves_metadata() -> None:
         handler.combine(torch.arange(4), 0)
 
 
+LOCAL_METADATA = "cu_seqlens_q must be global, taken before the split over ranks"
+
+
+def test_local_offsets_are_recognised_wherever_they_are_met() -> None:
+    """61 global tokens over 4 ranks, and a handler that was given the offsets of one rank's 16."""
+    handler = get_cp_handler_cls("ring")(cp_group=Seat(4, 0), qkv_format="thd", cu_seqlens_q=[0, 16])
+    rows = torch.zeros(16, 2, 8)
+    for call in (
+        lambda: handler.dispatch(torch.zeros(61), 0),
+        lambda: get_batch_on_this_cp_rank({"tokens": torch.zeros(61)}, cp_handler=handler),
+        lambda: handler.core_attn(None, rows, rows, rows),
+        lambda: handler.combine(rows, 0),
+        lambda: handler.roll_tensor(rows, -1, 0),
+    ):
+        with pytest.raises(InvalidValueError, match=LOCAL_METADATA):
+            call()
+    with pytest.raises(InvalidValueError, match="it looks local"):
+        handler.dispatch(torch.zeros(61), 0)
+    with pytest.raises(InvalidValueError, match="already dispatched"):
+        handler.dispatch(torch.zeros(4), 0)
+
+
+STRANGE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no dims": (
+        lambda: get_batch_on_this_cp_rank({"x": torch.tensor(3)}, cp_handler=thd()),
+        ValueError,
+        r"batch\['x'\]",
+    ),
+    "endless band": (lambda: Bands([(0, float("inf"), 0, 4, 0, 0)]), ValueError, "must hold integers"),
+    "table in a list": (lambda: thd().get_emb_on_this_cp_rank([0.0]), TypeError, "a tensor or a pair"),
+    "layer by name": (
+        lambda: thd().core_attn(None, *[heads(2)] * 3, layer_number="a"),
+        TypeError,
+        "must be an int; got 'a'",
+    ),
+    "dense with key offsets": (lambda: dense(cu_seqlens_kv=CU), ValueError, "takes no cu_seqlens_kv"),
+    "a scale for a module": (
+        lambda: thd().core_attn(lambda *a, **k: a[0], *[heads(2)] * 3, softmax_scale=0.5),
+        NotImplementedError,
+        "is not told of softmax_scale",
+    ),
+    "a module changed later": (
+        lambda: thd().core_attn(changed_module(), *[heads(2)] * 3),
+        NotImplementedError,
+        "softcap",
+    ),
+    "a mask that does not fit": (lambda: thd(mask=Bands([(0, 13, 0, 13, 0, 0)])), ValueError, "past the end"),
+    "one rank, another order": (
+        lambda: thd(layout=Layout("turned", 12, [[(0, 6, 1, 6), (6, 6, 1, 0)]])),
+        NotImplementedError,
+        "one rank holds all tokens in global order",
+    ),
+    "a falling span": (lambda: Layout("mine", 4, [[(3, 4, -1)]]), ValueError, "stride below 1"),
+}
+
+
+def changed_module() -> CoreAttention:
+    module = CoreAttention()
+    module.softcap = 30.0
+    return module
+
+
+@pytest.mark.parametrize("case", STRANGE.values(), ids=STRANGE.keys())
+def test_strange_input(case: tuple[Callable[[], Any], type[Exception], str]) -> None:
+    call, kind, message = case
+    with pytest.raises(kind, match=message) as caught:
+        call()
+    assert isinstance(caught.value, CPError)
+
+
+def test_metadata_in_any_integer_type() -> None:
+    lengths = {"max_seqlen_q": np.int64(7), "max_seqlen_kv": torch.tensor(7)}
+    assert thd(cu_seqlens_kv=torch.tensor(CU), **lengths).max_seqlen_q == 7
+    with pytest.raises(UnsupportedError, match="max_seqlen_kv differs"):
+        thd(max_seqlen_q=7, max_seqlen_kv=8)
+
+
 def test_handlers_hold_no_state_of_a_model_and_copy_metadata() -> None:
     offsets = torch.tensor([0, 5, 12])
     handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=offsets)
@@ -349,7 +444,8 @@ def test_handlers_hold_no_state_of_a_model_and_copy_metadata() -> None:
     assert handler.documents.offsets.tolist() == [0, 5, 12]
     assert isinstance(handler, LayoutHandler)
     assert not isinstance(handler, torch.nn.Module)
-    with pytest.raises(AttributeError):
-        handler.cp_size = 2  # type: ignore[misc]
+    for fact in ("cp_size", "cp_rank", "group", "layout", "mask", "position_ids", "num_local_tokens", "kv_layout"):
+        with pytest.raises(AttributeError):
+            setattr(handler, fact, None)
     with pytest.raises(InvalidTypeError, match="a name or a Layout"):
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], layout=7)  # type: ignore[arg-type]

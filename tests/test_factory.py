@@ -114,6 +114,10 @@ def test_connect_zero_loss() -> None:
     constant = connect_zero_loss(torch.tensor(0.0), hidden * 2)
     constant.backward()
     assert hidden.grad[2] == 0
+    later = torch.ones(2, requires_grad=True) * 1
+    loss = connect_zero_loss(torch.tensor(1.0), later)
+    later.add_(1)
+    loss.backward()
     poisoned = torch.tensor(0.0) + 0.0 * hidden.sum()
     assert poisoned.isnan(), "what it replaces"
     with pytest.raises(TypeError, match="takes tensors"):

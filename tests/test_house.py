@@ -18,9 +18,9 @@ LADDER: list[set[str]] = [
     {"layout", "mask", "mesh"},
     # rung 1
     {"plan", "reshard", "rope", "kernels.kernel"},
-    {"exchange", "stream", "dispatch", "agreement", "kernels.strips", "kernels.blocks"},
-    {"roll", "kernels.reference", "kernels.torch_cpu"},
-    {"kernels.torch_cuda"},
+    {"exchange", "stream", "agreement", "kernels.strips", "kernels.blocks"},
+    {"dispatch", "kernels.reference", "kernels.torch_cpu"},
+    {"roll", "kernels.torch_cuda"},
     {"kernels.registry"},
     {"kernels"},
     # rung 2

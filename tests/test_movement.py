@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cphandler import get_cp_handler_cls
-from cphandler.testing import RankPool
+from cphandler.testing import RankPool, assert_close
 from tests.laws import (
     Batch,
     Case,
@@ -169,6 +169,17 @@ def test_megatrons_name_for_rope_reads_the_config() -> None:
     scaled = handler.apply_rotary_pos_emb(x, table, yarn)
     factor = 0.1 * torch.log(torch.tensor(40.0, dtype=torch.float64)) + 1
     torch.testing.assert_close(scaled, handler.rope(x, table) * factor)
+
+
+def test_rope_keeps_a_float64_table() -> None:
+    """Angles of late positions lose all their digits in float32."""
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 8])
+    x = torch.randn(8, 2, 8)
+    angles = (torch.arange(8)[:, None] + 10_000_000) * torch.rand(4, dtype=torch.float64)
+    table = torch.cat([angles, angles], -1)
+    expected = handler.rope(x.double(), table)
+    assert_close(handler.rope(x, table), expected, what="rope from angles")
+    assert_close(handler.rope(x, (table.cos(), table.sin())), expected, what="rope from cos and sin")
 
 
 def test_rope_in_bfloat16_computes_in_float32() -> None:

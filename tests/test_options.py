@@ -21,6 +21,7 @@ from cphandler import (
     InvalidValueError,
     SlidingWindow,
     UnsupportedError,
+    get_batch_on_this_cp_rank,
     get_cp_handler_cls,
     record_traffic,
 )
@@ -231,6 +232,35 @@ def test_the_gradient_of_the_lse_alone() -> None:
     for a, e in zip(torch.autograd.grad(lse, leaves, grad_lse), expected[2], strict=True):
         assert_close(a, e) if e.any() else None
         assert e.any() or not a.any()
+
+
+def score_then_train(backend: str) -> None:
+    """A batch that is first scored under inference mode and then trained on, as reinforcement learning does."""
+    group, seed = group_of(Case(cp_size=4))
+    case = Case(backend, 4, batch=LENGTHS)
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    with torch.inference_mode():
+        scored = handler.core_attn(None, q, k, v)
+        handler.roll_tensor(q, -1, 0)
+        handler.combine(q, 0)
+        handler.get_emb_on_this_cp_rank(torch.zeros(70, 8))
+    out = handler.core_attn(None, q, k, v)
+    assert bits([out]) == bits([scored])
+    out.backward(grad)
+    handler.roll_tensor(q, -1, 0)[0].sum().backward()
+    handler.combine(q, 0, grad="sum").sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scoring_before_training(ranks: RankPool, backend: str) -> None:
+    ranks.run(score_then_train, backend)
+
+
+def test_positions_of_a_batch_are_the_callers_own() -> None:
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
+    get_batch_on_this_cp_rank({"tokens": torch.arange(4)}, cp_handler=handler)["position_ids"].add_(100)
+    assert handler.position_ids.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("backend", ["local", "ring", "ulysses", "all_gather"])

@@ -50,6 +50,11 @@ def test_results_come_in_rank_order_and_the_pool_lives_on() -> None:
         with pytest.raises(RankError, match="rank 0 of 3 died with exit code 7"):
             pool.run(die_on_zero)
         assert pool.run(square, 1) == [(0, 1), (1, 1), (2, 1)]
+        pool._processes[1].kill()
+        pool._processes[1].join()
+        with pytest.raises(RankError, match="rank 1 of 3 died"):
+            pool.run(square, 2)
+        assert pool.run(square, 3) == [(0, 9), (1, 9), (2, 9)]
         processes = list(pool._processes)
     assert not any(process.is_alive() for process in processes)
 

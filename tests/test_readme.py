@@ -87,3 +87,14 @@ def test_assert_close_is_not_blind() -> None:
     wrong[7] = 0
     with pytest.raises(AssertionError):
         assert_close(wrong, right)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_pages_have_live_links_and_no_placeholders(page: str) -> None:
+    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    text = path.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (path.parent / link).exists(), link
+    assert not re.findall(r"\b(?:TODO|FIXME|XXX|TBD|[A-Z]+_TABLE)\b", text)

@@ -78,9 +78,20 @@ class RankPool:
         if not self._processes:
             self._start()
         request = pickle.dumps((function, args))
-        for connection in self._connections:
+        try:
+            for rank, connection in enumerate(self._connections):
+                self._ask(rank, connection, request)
+            return self._collect(time.monotonic() + (self.timeout if timeout is None else timeout))
+        except BaseException:  # an interrupted call would leave its answers to the next one
+            self._kill()
+            raise
+
+    def _ask(self, rank: int, connection: Connection, request: bytes) -> None:
+        try:
             connection.send_bytes(request)
-        return self._collect(time.monotonic() + (self.timeout if timeout is None else timeout))
+        except OSError:
+            code = self._processes[rank].exitcode
+            raise RankError(f"rank {rank} of {self.size} died between calls, exit code {code}", [rank]) from None
 
     def close(self) -> None:
         """End the ranks."""
@@ -122,13 +133,10 @@ class RankPool:
         except EOFError:
             self._processes[rank].join(timeout=1.0)
             code = self._processes[rank].exitcode
-            self._kill()
             raise RankError(f"rank {rank} of {self.size} died with exit code {code}", [rank]) from None
         if succeeded:
             return value
-        size = self.size
-        self._kill()
-        raise RankError(f"rank {rank} of {size} failed:\n{value}", [rank])
+        raise RankError(f"rank {rank} of {self.size} failed:\n{value}", [rank])
 
     def _raise_stuck(self, ranks: list[int]) -> None:
         """Ask the stuck ranks for their stacks, end the pool, and say where each one is."""
@@ -137,10 +145,8 @@ class RankPool:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)
         stacks = [f"rank {rank}:\n{_stack_file(self._folder.name, rank).read_text()}" for rank in ranks]
-        size = self.size
-        self._kill()
         names = ", ".join(map(str, ranks))
-        raise RankError(f"rank {names} of {size} did not come back in time\n" + "\n".join(stacks), ranks)
+        raise RankError(f"rank {names} of {self.size} did not come back in time\n" + "\n".join(stacks), ranks)
 
     def _kill(self) -> None:
         for process in self._processes:
