@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cphandler.capabilities import COMMON, Capabilities
 from cphandler.core_attention import OptionalArguments
 from cphandler.layout_handler import LayoutHandler
 
@@ -17,10 +18,11 @@ class AllGatherHandler(LayoutHandler):
     """Queries stay; the keys and values of all ranks are held while a layer computes, and not longer."""
 
     comm_type = "all_gather"
+    capabilities = Capabilities(features=COMMON | {"gradient_wire_dtype"})
 
     def core_attn(
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
         call = self.attention_call(attn_mod, (query, key, value), options, exchange="all_gather")
-        return call.result(*self.attend(call))
+        return self.result(call, self.attend(call))

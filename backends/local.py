@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cphandler.capabilities import COMMON, LAYOUTS, Capabilities
 from cphandler.core_attention import OptionalArguments
 from cphandler.errors import InvalidValueError
-from cphandler.layout import Layout
+from cphandler.handler import LayoutSource
 from cphandler.layout_handler import LayoutHandler
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ class LocalHandler(LayoutHandler):
 
     comm_type = "none"
     default_layout = "contiguous"
-    layouts = ("zigzag", "contiguous", "striped", "replicated")
+    capabilities = Capabilities(layouts=LAYOUTS, features=COMMON | {"own_attention"})
 
-    def prepare(self, layout: str | Layout | None) -> None:
+    def prepare(self, layout: LayoutSource) -> None:
         """Refuse more than one rank.
 
         Raises:
@@ -41,4 +42,4 @@ class LocalHandler(LayoutHandler):
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`; takes callables."""
         call = self.attention_call(attn_mod, (query, key, value), options, exchange="whole")
-        return call.result(*self.attend_whole(call, call.q, call.k, call.v))
+        return self.result(call, self.attend_whole(call))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cphandler.capabilities import Capabilities
 from cphandler.core_attention import OptionalArguments
 from cphandler.layout_handler import LayoutHandler
 
@@ -17,10 +18,11 @@ class RingHandler(LayoutHandler):
     """Keys travel, queries stay; blocks that nobody downstream sees are neither sent nor computed."""
 
     comm_type = "ring"
+    capabilities = Capabilities()
 
     def core_attn(
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
         call = self.attention_call(attn_mod, (query, key, value), options, exchange="ring")
-        return call.result(*self.attend(call))
+        return self.result(call, self.attend(call))

@@ -7,18 +7,21 @@ count.
     python benchmarks/attention.py                      # one causal sequence of 4096 tokens
     python benchmarks/attention.py --kv-heads 2 --ranks 2 --ranks 4
     python benchmarks/attention.py --lengths 900,64,243,1500,1389 --layout zigzag
+    python benchmarks/attention.py --pack pile:0 --pack prolong64k:3      # honest lengths, 8192 tokens a rank
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -39,6 +42,22 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 """Without these, glibc returns every large buffer to the system, and page faults dominate for all alike."""
+
+PACKS = Path(__file__).parent / "data" / "packs"
+"""Lengths of packed batches; see the README there."""
+
+COLUMNS = (
+    "backend",
+    "ranks",
+    "fwd\ns",
+    "both\ns",
+    "fwd\nx",
+    "both\nx",
+    "slowest\ns",
+    "fwd\nMiB",
+    "both\nMiB",
+    "theory\nMiB",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,25 @@ class Work:
     def documents(self) -> Documents:
         """The packed documents."""
         return Documents.from_cu_seqlens([0, *torch.tensor(self.lengths).cumsum(0).tolist()])
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Works over the same documents, torch's kernel first.
+
+    Attributes:
+        name: what the documents are.
+        works: the competitors.
+    """
+
+    name: str
+    works: tuple[Work, ...]
+
+    def __str__(self) -> str:
+        plain = self.works[0]
+        documents = f"{len(plain.lengths)} document{'s' if len(plain.lengths) > 1 else ''}"
+        heads = f"{plain.heads} query and {plain.kv_heads} key heads of {plain.head_dim}"
+        return f"{self.name}: {plain.tokens} tokens in {documents}, causal, {heads}, {plain.dtype}"
 
 
 @dataclass
@@ -112,16 +150,28 @@ def prepared(work: Work) -> tuple[ContextParallelHandler | None, list[Tensor]]:
     return handler, [handler.dispatch(x, 0).requires_grad_(i < 3) for i, x in enumerate(tensors)]
 
 
+def fresh(work: Work) -> tuple[ContextParallelHandler | None, list[Tensor]]:
+    """The same without gradients."""
+    handler, tensors = prepared(work)
+    for x in tensors:
+        x.grad = None
+    return handler, tensors
+
+
+def attend(work: Work, handler: ContextParallelHandler | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A forward pass."""
+    out: Tensor = plain_attention(work, q, k, v) if handler is None else handler.core_attn(None, q, k, v)
+    return out
+
+
 def measure(work: Work) -> Sample:
     """One forward and backward pass on this rank."""
-    handler, (q, k, v, grad_out) = prepared(work)
-    for x in (q, k, v):
-        x.grad = None
+    handler, (*inputs, grad_out) = fresh(work)
     if dist.get_world_size() > 1:
         dist.barrier()
     with record_traffic() as traffic:
         started = time.process_time()
-        out = plain_attention(work, q, k, v) if handler is None else handler.core_attn(None, q, k, v)
+        out = attend(work, handler, *inputs)
         forward, forward_bytes = time.process_time() - started, traffic.sent_bytes
         out.backward(grad_out)
         both = time.process_time() - started
@@ -129,42 +179,74 @@ def measure(work: Work) -> Sample:
 
 
 def result(work: Work) -> list[Tensor]:
-    """Global output and gradients, to refuse to time what is wrong."""
-    measure(work)
-    handler, (q, k, v, _) = prepared(work)
-    if handler is None:
-        return [plain_attention(work, q, k, v).detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
-    out = handler.core_attn(None, q, k, v)
-    return [handler.combine(x, 0).detach() for x in (out, *(x.grad for x in (q, k, v) if x.grad is not None))]
+    """Global output and gradients, from the first rank, to refuse to time what is wrong."""
+    handler, (*inputs, grad_out) = fresh(work)
+    out = attend(work, handler, *inputs)
+    out.backward(grad_out)
+    local = [out.detach(), *(x.grad for x in inputs if x.grad is not None)]
+    whole = local if handler is None else [handler.combine(x, 0) for x in local]
+    return whole if dist.get_rank() == 0 else []
 
 
+def forget() -> None:
+    """Drop handlers and tensors: the next contest has others."""
+    prepared.cache_clear()
+
+
+def inner_ranks(ranks: int) -> int:
+    """Ranks that split heads under ``usp``: the smallest divisor that is at least the square root."""
+    return next(number for number in range(1, ranks + 1) if ranks % number == 0 and number * number >= ranks)
+
+
+@lru_cache
 def theoretical_bytes(work: Work) -> tuple[int, int]:
     """Bytes that all ranks send, forward and in all, counted from who sees whom and from nothing of the library's plan.
 
     Ring: a block makes as many hops as the farthest rank that sees a key of it; gradients start at the nearest such
-    rank and make one more hop, home. All-gather: every block to every other rank, gradients back. Ulysses: every head
-    that another rank computes, once each way.
+    rank and make one more hop, home. P2p: each row once to each rank that sees it, its gradient once back. All-gather:
+    every block to every other rank, gradients back. Ulysses: every head that another rank computes, once each way. USP:
+    Ulysses in the inner groups, and p2p between them.
     """
+    if work.ranks == 1:
+        return 0, 0
     size = torch.empty(0, dtype=getattr(torch, work.dtype)).element_size()
     accumulator = max(size, 4)
-    rows, ranks = -(-work.tokens // work.ranks), work.ranks
-    block = rows * 2 * work.kv_heads * work.head_dim
+    rows, width, traded = -(-work.tokens // work.ranks), 2 * work.kv_heads * work.head_dim, 0
     if work.backend == "all_gather":
-        travels = ranks * (ranks - 1) * block
-        return travels * size, 2 * travels * size + travels * accumulator
-    if work.backend == "ulysses":
-        share = work.heads // ranks
-        group = work.heads // work.kv_heads
-        keys = sum(((r + 1) * share - 1) // group - r * share // group + 1 for r in range(ranks))
-        moved = (ranks - 1) * rows * work.head_dim * (2 * work.heads + 2 * keys)
-        return moved * size, 2 * moved * size
-    first, last = hops(work)
-    keys_out, grads_home = sum(last), sum(b - a + 1 for a, b in zip(first, last, strict=True) if b)
-    return keys_out * block * size, 2 * keys_out * block * size + grads_home * block * accumulator
+        out = home = work.ranks * (work.ranks - 1) * rows * width
+    elif work.backend == "ulysses":
+        out, home, traded = 0, 0, heads_traded(work, work.ranks)
+    elif work.backend == "ring":
+        first, last = hops(work)
+        out = sum(last) * rows * width
+        home = sum(b - a + 1 for a, b in zip(first, last, strict=True) if b) * rows * width
+    elif work.backend == "p2p":
+        out = home = rows_seen(work, 1) * width
+    elif work.backend == "usp":
+        inner = inner_ranks(work.ranks)
+        traded = work.ranks // inner * heads_traded(work, inner)
+        out = home = rows_seen(work, inner) * 2 * sum(key_heads(work, inner)) * work.head_dim
+    else:
+        raise typer.BadParameter(f"no theory of {work.backend}")
+    forward = (out + traded) * size
+    return forward, 2 * forward + home * accumulator
 
 
-def hops(work: Work) -> tuple[list[int], list[int]]:
-    """Per owner, ring distance to the nearest and the farthest rank that sees one of its keys, from the dense mask."""
+def key_heads(work: Work, sharers: int) -> list[int]:
+    """Key heads that the query heads of each of some ranks use."""
+    share, group = work.heads // sharers, work.heads // work.kv_heads
+    return [((r + 1) * share - 1) // group - r * share // group + 1 for r in range(sharers)]
+
+
+def heads_traded(work: Work, sharers: int) -> int:
+    """Numbers that ranks which share the heads send each other: queries and outputs, keys and values."""
+    rows = -(-work.tokens // work.ranks)
+    return (sharers - 1) * rows * work.head_dim * 2 * (work.heads + sum(key_heads(work, sharers)))
+
+
+@lru_cache
+def sight(work: Work) -> tuple[Tensor, Tensor]:
+    """``[S]`` the rank that holds a token, and ``[ranks, S]`` whose queries see it, from each document's dense mask."""
     handler_cls = get_cp_handler_cls(work.backend)
 
     @dataclass
@@ -177,62 +259,121 @@ def hops(work: Work) -> tuple[list[int], list[int]]:
         def rank(self) -> int:
             return self.place
 
-    seen = visible_pairs(Causal(), work.documents())
     offsets = work.documents().offsets
-    held = [
-        handler_cls(cp_group=Seat(r), qkv_format="thd", cu_seqlens_q=offsets, layout=work.layout).dispatch(
-            torch.arange(work.tokens), 0, pad_value=-1
-        )
-        for r in range(work.ranks)
-    ]
-    held = [tokens[tokens >= 0] for tokens in held]
+    holder = torch.full((work.tokens,), -1)
+    for rank in range(work.ranks):
+        handler = handler_cls(cp_group=Seat(rank), qkv_format="thd", cu_seqlens_q=offsets, layout=work.layout)
+        held = handler.dispatch(torch.arange(work.tokens), 0, pad_value=-1)
+        holder[held[held >= 0]] = rank
+    sees = torch.zeros(work.ranks, work.tokens, dtype=torch.bool)
+    for start, length in zip(offsets.tolist(), work.lengths, strict=False):
+        dense = visible_pairs(Causal(), Documents.dense(length))
+        for rank in range(work.ranks):
+            sees[rank, start : start + length] = dense[holder[start : start + length] == rank].any(0)
+    return holder, sees
+
+
+def rows_seen(work: Work, together: int) -> int:
+    """Rows of one set of ranks that a query of another sees, over all pairs of sets; ``together`` ranks form a set."""
+    holder, sees = sight(work)
+    by_set = sees.unflatten(0, (-1, together)).any(1)
+    return sum(int(seen[holder // together != number].sum()) for number, seen in enumerate(by_set))
+
+
+def hops(work: Work) -> tuple[list[int], list[int]]:
+    """Per owner, ring distance to the nearest and the farthest rank that sees one of its keys."""
+    holder, sees = sight(work)
     first, last = [], []
-    for owner, keys in enumerate(held):
-        away = [s for s in range(1, work.ranks) if seen[held[(owner + s) % work.ranks]][:, keys].any()]
+    for owner in range(work.ranks):
+        away = [s for s in range(1, work.ranks) if sees[(owner + s) % work.ranks, holder == owner].any()]
         first.append(min(away, default=0))
         last.append(max(away, default=0))
     return first, last
 
 
-def collect(works: list[Work], repeats: int, console: Console) -> dict[Work, list[list[Sample]]]:
+def collect(
+    contest: Contest, pools: dict[int, RankPool], repeats: int, console: Console
+) -> dict[Work, list[list[Sample]]]:
     """Check every competitor against the plain kernel, then measure all in turn, ``repeats`` times."""
-    samples: dict[Work, list[list[Sample]]] = {work: [] for work in works}
-    with ExitStack() as stack:
-        pools = {n: stack.enter_context(RankPool(n, timeout=600)) for n in sorted({work.ranks for work in works})}
-        expected = pools[1].run(result, works[0])[0]
-        for work in works:
-            for name, a, e in zip(
-                ("out", "dq", "dk", "dv"), pools[work.ranks].run(result, work)[0], expected, strict=True
-            ):
-                assert_close(a, e, what=f"{name} of {work}")
-        for _ in track(range(repeats), "measuring", console=console, transient=True):
-            for work in works:
-                samples[work].append(pools[work.ranks].run(measure, work))
+    samples: dict[Work, list[list[Sample]]] = {work: [] for work in contest.works}
+    expected = pools[1].run(result, contest.works[0])[0]
+    for work in contest.works:
+        actual = pools[work.ranks].run(result, work)[0]
+        for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+            assert_close(a, e, what=f"{name} of {work.backend} on {work.ranks} ranks, {contest.name}")
+    for _ in track(range(repeats), contest.name, console=console, transient=True):
+        for work in contest.works:
+            samples[work].append(pools[work.ranks].run(measure, work))
+    for pool in pools.values():
+        pool.run(forget)
     return samples
 
 
-def rows_of(samples: dict[Work, list[list[Sample]]]) -> Iterator[tuple[Any, ...]]:
+def sent_bytes(ranks: Sequence[Sample]) -> tuple[int, int]:
+    """Bytes all ranks sent, forward and in all."""
+    return sum(sample.forward_bytes for sample in ranks), sum(sample.both_bytes for sample in ranks)
+
+
+def rows_of(samples: dict[Work, list[list[Sample]]]) -> Iterator[tuple[str, ...]]:
     """Table rows: medians of the sums over ranks, ratios repeat by repeat."""
-    works = list(samples)
-    plain = samples[works[0]]
-    for work in works:
-        forward = [sum(s.forward for s in ranks) for ranks in samples[work]]
-        both = [sum(s.both for s in ranks) for ranks in samples[work]]
-        ratios = [
-            statistics.median(a / sum(getattr(s, kind) for s in b) for a, b in zip(times, plain, strict=True))
-            for kind, times in (("forward", forward), ("both", both))
-        ]
-        slowest = statistics.median(max(s.both for s in ranks) for ranks in samples[work])
-        sent = [sum(getattr(s, kind) for s in samples[work][-1]) for kind in ("forward_bytes", "both_bytes")]
-        theory = theoretical_bytes(work) if work.ranks > 1 else (0, 0)
-        yield work, statistics.median(forward), statistics.median(both), ratios, slowest, sent, theory
+    plain = next(iter(samples.values()))
+    for work, taken in samples.items():
+        seconds, ratios = [], []
+        for kind in ("forward", "both"):
+            times = [sum(getattr(sample, kind) for sample in ranks) for ranks in taken]
+            own = [sum(getattr(sample, kind) for sample in ranks) for ranks in plain]
+            seconds.append(statistics.median(times))
+            ratios.append(statistics.median(a / b for a, b in zip(times, own, strict=True)))
+        slowest = statistics.median(max(sample.both for sample in ranks) for ranks in taken)
+        sent, theory = sent_bytes(taken[-1]), theoretical_bytes(work)
+        verdict = "-" if work.ranks == 1 else ("equal" if sent == theory else f"{theory[1] / 2**20:.2f}")
+        numbers = [f"{number:.3f}" for number in (*seconds, *ratios, slowest)]
+        yield work.backend, str(work.ranks), *numbers, *(f"{count / 2**20:.1f}" for count in sent), verdict
+
+
+def table_of(contest: Contest, samples: dict[Work, list[list[Sample]]]) -> Table:
+    """What a contest came to."""
+    table = Table(title=str(contest), box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    for header in COLUMNS:
+        table.add_column(header, justify="left" if header == "backend" else "right", no_wrap=True)
+    for row in rows_of(samples):
+        table.add_row(*row)
+    return table
+
+
+def pack_lengths(pack: str, ranks: int) -> tuple[int, ...]:
+    """Document lengths of a pack ``corpus:index`` for a number of ranks."""
+    corpus, _, index = pack.partition(":")
+    known = sorted(path.stem for path in PACKS.glob("*.json"))
+    if corpus not in known:
+        raise typer.BadParameter(f"--pack takes corpus:index with a corpus of {', '.join(known)}, got {pack}")
+    packs: dict[str, list[list[int]]] = json.loads((PACKS / f"{corpus}.json").read_text())
+    chosen = packs.get(str(ranks), [])
+    if not index.isdecimal() or int(index) >= len(chosen):
+        raise typer.BadParameter(f"{corpus} has packs 0 to 15 for {', '.join(packs)} ranks, got {pack} for {ranks}")
+    return tuple(chosen[int(index)])
+
+
+def works_of(plain: Work, counts: Sequence[int], names: Sequence[str], layout: str | None) -> Iterator[Work]:
+    """The plain kernel, one rank of the library, then every backend on every number of ranks."""
+    yield plain
+    yield replace(plain, backend="local")
+    for count in counts:
+        inner = inner_ranks(count)
+        sharers = {"ulysses": count, "usp": inner}
+        usual = ["ring", "p2p", "all_gather", "ulysses", *(["usp"] if inner < count else [])]
+        for name in names or usual:
+            if name == "local" or plain.heads % sharers.get(name, 1):
+                raise typer.BadParameter(f"{name} cannot serve {plain.heads} heads on {count} ranks")
+            yield replace(plain, backend=name, ranks=count, layout=layout)
 
 
 def main(
     *,
     ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeat for several.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backends; repeat for several.")] = None,
-    lengths: Annotated[str, typer.Option(help="Document lengths of the packed causal batch.")] = "4096",
+    lengths: Annotated[str | None, typer.Option(help="Document lengths of the packed causal batch.")] = None,
+    pack: Annotated[list[str] | None, typer.Option(help="corpus:index of benchmarks/data/packs, in zigzag.")] = None,
     heads: int = 8,
     kv_heads: int = 8,
     head_dim: int = 64,
@@ -242,46 +383,27 @@ def main(
 ) -> None:
     """Time every backend's attention against torch's own kernel on one rank, one thread a rank."""
     os.environ.update(ALLOCATOR)
-    documents = tuple(int(part) for part in lengths.split(","))
     if heads % kv_heads:
         raise typer.BadParameter(f"--heads must be a multiple of --kv-heads, got {heads} and {kv_heads}")
-    shape = (documents, heads, kv_heads, head_dim, dtype)
-    works = [Work("plain", 1, *shape, None), Work("local", 1, *shape, None)]
-    for count in ranks or [2, 4]:
-        for name in backend or ["ring", "all_gather", "ulysses"]:
-            if name == "local" or (name == "ulysses" and heads % count):
-                raise typer.BadParameter(f"{name} cannot serve {heads} heads on {count} ranks")
-            works.append(Work(name, count, *shape, layout))
-    console = Console()
-    console.print(
-        f"{sum(documents)} tokens in {len(documents)} documents, causal, {heads} query and {kv_heads} key heads of "
-        f"{head_dim}, {dtype}, torch {torch.__version__}, one thread a rank"
-    )
-    samples = collect(works, repeats, console)
-    title = "CPU seconds summed over ranks, and as a ratio to the plain kernel"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    headers = (
-        "backend",
-        "ranks",
-        "fwd\ns",
-        "both\ns",
-        "fwd\nx",
-        "both\nx",
-        "slowest\ns",
-        "fwd\nMiB",
-        "both\nMiB",
-        "theory\nMiB",
-    )
-    for header in headers:
-        table.add_column(header, justify="left" if header == "backend" else "right", no_wrap=True)
-    for work, forward, both, ratios, slowest, sent, theory in rows_of(samples):
-        mebibytes = [f"{count / 2**20:.2f}" for count in sent]
-        verdict = "-" if work.ranks == 1 else ("equal" if tuple(sent) == theory else f"{theory[1] / 2**20:.2f}")
-        row = (f"{forward:.3f}", f"{both:.3f}", f"{ratios[0]:.3f}", f"{ratios[1]:.3f}", f"{slowest:.3f}")
-        table.add_row(work.backend, str(work.ranks), *row, *mebibytes, verdict)
-    console.print(table)
+    counts, names = ranks or [2, 4], backend or []
+    plain = Work("plain", 1, (), heads, kv_heads, head_dim, dtype, None)
+    contests = []
+    if lengths or not pack:
+        given = replace(plain, lengths=tuple(int(part) for part in (lengths or "4096").split(",")))
+        contests.append(Contest("lengths", tuple(works_of(given, counts, names, layout))))
+    for name in pack or []:
+        for count in counts:
+            given = replace(plain, lengths=pack_lengths(name, count))
+            contests.append(Contest(name, tuple(works_of(given, [count], names, layout or "zigzag"))))
+    console, wrong = Console(), 0
+    console.print(f"CPU seconds summed over ranks, and as a ratio (x) to the plain kernel; torch {torch.__version__}")
+    with ExitStack() as stack:
+        pools = {count: stack.enter_context(RankPool(count, timeout=600)) for count in sorted({1, *counts})}
+        for contest in contests:
+            samples = collect(contest, pools, repeats, console)
+            console.print(table_of(contest, samples))
+            wrong += sum(sent_bytes(taken[-1]) != theoretical_bytes(work) for work, taken in samples.items())
     console.print("both: forward and backward. theory: bytes counted from who sees whom.")
-    wrong = [work for work, *_, sent, theory in rows_of(samples) if work.ranks > 1 and tuple(sent) != theory]
     if wrong:
         raise typer.Exit(1)
 

@@ -6,16 +6,20 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cphandler.comm import accumulator_dtype
-from cphandler.exchange import Block, get_exchange
-from cphandler.kernels import Kernel, Task, get_kernel
+from cphandler.exchange import Block, Route, get_exchange
+from cphandler.intervals import expand
+from cphandler.kernels import Kernel, Softmax, Task, get_kernel
+from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
-from cphandler.plan import OWNER, Plan
+from cphandler.plan import Plan
+from cphandler.tasks import OWNER
 
 
 class AttentionResult(NamedTuple):
@@ -33,55 +37,212 @@ class AttentionResult(NamedTuple):
     max_logit: Tensor | None
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Everything about one attention call that is no tensor.
+
+    Attributes:
+        scale: factor on the scores.
+        kernel: name of the kernel (not ``"auto"``).
+        exchange: how keys reach the queries: ``"none"``, ``"ring"``, ``"p2p"``, ``"all_gather"`` or a registered one.
+        group_name: the group to exchange in.
+        wire: dtype in which gradients of keys and values travel; empty is the accumulator's.
+        softcap: capped scores stay below this, above 0; 0 for none.
+        dropout_p: probability that a weight is dropped.
+        dropout_seed: the generator's seed.
+        layer: the layer's number, so that layers drop different weights.
+        first_head: number of the first query head in the whole model.
+        tokens: query and key tokens of one row of the batch, for positions that count through all rows.
+        repeats: how many consecutive query heads use each key head, where a split of the heads left them uneven; empty
+            where all have the same number.
+    """
+
+    scale: float
+    kernel: str
+    exchange: str = "none"
+    group_name: str = ""
+    wire: str = ""
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
+    layer: int = 0
+    first_head: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    repeats: tuple[int, ...] = ()
+
+    def packed(self) -> tuple[list[float], list[int], str, str, str, str]:
+        """The terms as an operator's arguments."""
+        integers = [self.dropout_seed, self.layer, self.first_head, *self.tokens, *self.repeats]
+        return (
+            [self.scale, self.softcap, self.dropout_p],
+            integers,
+            self.kernel,
+            self.exchange,
+            self.group_name,
+            self.wire,
+        )
+
+    @classmethod
+    def of(cls, floats: list[float], integers: list[int], *names: str) -> Terms:
+        """The terms that :meth:`packed` gave."""
+        kernel, exchange, group_name, wire = names
+        scale, softcap, dropout_p = floats
+        seed, layer, head, queries, keys, *repeats = integers
+        tokens = queries, keys
+        options = softcap, dropout_p, seed, layer, head
+        return cls(scale, kernel, exchange, group_name, wire, *options, tokens=tokens, repeats=tuple(repeats))
+
+    def route(self, plan: Tensor, places: Tensor | None) -> Route:
+        """What the exchange must know."""
+        wire = getattr(torch, self.wire) if self.wire else None
+        return Route(Plan.from_tensor(plan), self.group_name, places, wire)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     plan: Plan | Tensor,
+    terms: Terms,
     *,
-    scale: float,
-    kernel: str,
-    exchange: str = "none",
-    group_name: str = "",
+    sinks: Tensor | None = None,
+    places: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's query rows over all keys that the plan says they see.
 
     Args:
         q: ``[B, L, N, D]``, any strides.
-        k: ``[B, M, G, D]``, N divisible by G; query head n uses key head ``n // (N // G)``.
+        k: ``[B, M, G, D]``; query head n uses key head ``n // (N // G)``, or as ``terms.repeats`` says.
         v: ``[B, M, G, D_v]``.
         plan: this rank's plan, or the tensor it packs to.
-        scale: factor on the scores.
-        kernel: name of the kernel (not ``"auto"``).
-        exchange: how keys reach the queries: ``"none"``, ``"ring"``, ``"all_gather"`` or a registered one.
-        group_name: the group to exchange in.
+        terms: the rest.
+        sinks: ``[N]``: one more logit per head in every row's softmax, without a value.
+        places: ``[S]``: see :class:`Route`.
+        positions: with dropout, the global token of each query row ``[L]`` and of each owner's key rows
+            ``[owners, M]``.
 
     Returns:
         ``out [B, L, N, D_v]`` in q's dtype, contiguous, zero where a row sees nothing; ``lse [B, L, N]`` in the
-        accumulator's dtype, ``-inf`` there. Both are differentiable.
+        accumulator's dtype, ``-inf`` there. Both are differentiable; the gradient of the sinks is over these rows.
     """
     packed = plan.to_tensor() if isinstance(plan, Plan) else plan
-    out, lse = attention_forward(q, k, v, packed, scale, kernel, exchange, group_name)
+    queries, keys = (None, None) if positions is None or not terms.dropout_p else positions
+    out, lse = attention_forward(q, k, v, sinks, packed, places, queries, keys, *terms.packed())
     return out, lse
+
+
+def max_logit(q: Tensor, k: Tensor, plan: Tensor, terms: Terms, places: Tensor | None = None) -> Tensor:
+    """``[N]`` largest scaled score of each head over this rank's queries: the keys travel once more.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, M, G, D]``.
+        plan: this rank's plan, packed.
+        terms: scale, kernel, exchange and group count.
+        places: ``[S]``: see :class:`Route`.
+    """
+    result: Tensor = largest_scores(q.detach(), k.detach(), plan, places, *terms.packed())
+    return result
 
 
 def _tasks(block: Block) -> list[Task]:
     return [Task(*row) for row in block.tasks[:, OWNER + 1 :].tolist()]
 
 
+def _per_head(x: Tensor, repeats: tuple[int, ...], *, zeros: bool = False) -> Tensor:
+    """``[B, M, G, D]`` with each key head as often as query heads use it; itself where all are used alike."""
+    if len(set(repeats)) <= 1:
+        return x
+    if zeros:
+        return x.new_zeros((*x.shape[:2], sum(repeats), x.shape[-1]))
+    return torch.cat([x[:, :, i : i + 1].expand(-1, -1, times, -1) for i, times in enumerate(repeats)], dim=2)
+
+
+def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats: tuple[int, ...]) -> None:
+    """Add the gradients of repeated heads to those of the heads they are copies of."""
+    if len(set(repeats)) <= 1:
+        return
+    for total, part in zip(totals, parts, strict=True):
+        for i, copies in enumerate(part.split(repeats, dim=2)):
+            total[:, :, i] += copies.sum(2)
+
+
+class _Weighting:
+    """How scores become weights, block by block."""
+
+    def __init__(self, terms: Terms, q: Tensor, queries: Tensor | None, keys: Tensor | None) -> None:
+        self._plain = Softmax(terms.scale, terms.softcap or None)
+        self._p, self._keys = terms.dropout_p, None
+        if terms.dropout_p and queries is not None and keys is not None:
+            per_row, keys_per_row = (max(1, count) for count in terms.tokens)
+            rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1) + queries // per_row
+            heads = torch.arange(terms.first_head, terms.first_head + q.shape[2], device=q.device)
+            self._states = query_states(terms.dropout_seed, terms.layer, rows, queries % per_row, heads)
+            self._keys = keys % keys_per_row
+
+    def of(self, block: Block) -> Softmax:
+        """For a block's keys."""
+        if self._keys is None:
+            return self._plain
+        keys = self._keys[block.owner]
+        if block.runs is not None:
+            keys = keys[torch.from_numpy(expand(block.runs[:, 0], block.runs[:, 1])).to(keys.device)]
+        return self._plain._replace(dropout=Dropout(self._p, self._states, keys))
+
+
 @torch.library.custom_op("cphandler::attention_forward", mutates_args=())
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float, kernel: str, exchange: str, group_name: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor,
+    places: Tensor | None,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    floats: list[float],
+    integers: list[int],
+    kernel: str,
+    exchange: str,
+    group_name: str,
+    wire: str,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`attention`."""
+    terms = Terms.of(floats, integers, kernel, exchange, group_name, wire)
     accumulator = accumulator_dtype(q.dtype)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=accumulator)
     lse = q.new_full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    compute = get_kernel(kernel, q.device.type)
-    for block in get_exchange(exchange).forward(Plan.from_tensor(plan), (k, v), group_name):
-        keys, values = block.rows
-        compute.forward(q, keys, values, _tasks(block), scale, out, lse)
+    compute, weighting = get_kernel(kernel, q.device.type), _Weighting(terms, q, queries, keys)
+    for block in get_exchange(exchange).forward(terms.route(plan, places), (k, v)):
+        block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
+        compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
+        del block, block_keys, block_values  # before the exchange makes room for the next one
+    if sinks is not None:
+        lse = _absorb_sinks(out, lse, sinks.to(accumulator))
     return out.to(q.dtype), lse
+
+
+def _absorb_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Widen each row's softmax by its head's sink: scales ``out`` in place, returns the new log-sum-exp.
+
+    A row that sees nothing keeps ``-inf`` and 0: padding stays padding.
+    """
+    seen = lse > float("-inf")
+    merged = torch.where(seen, torch.logaddexp(lse, sinks.expand_as(lse)), lse)
+    out.mul_(torch.where(seen, torch.exp(lse - merged), 0.0).unsqueeze(-1))
+    return merged
+
+
+def _sink_gradient(sinks: Tensor, saved: Saved) -> Tensor:
+    """``[N]``: the sink's weight has no value, so that what it takes from a row's other weights is all it changes."""
+    dtype = saved.lse.dtype
+    change = -(saved.out.to(dtype) * saved.grad_out.to(dtype)).sum(-1)
+    if saved.grad_lse is not None:
+        change = change + saved.grad_lse
+    seen = saved.lse > float("-inf")
+    weights = torch.exp(torch.where(seen, sinks.to(dtype) - saved.lse, float("-inf")))
+    return (weights * torch.where(seen, change, 0.0)).sum((0, 1)).to(sinks.dtype)
 
 
 @torch.library.custom_op("cphandler::attention_backward", mutates_args=())
@@ -91,57 +252,90 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     plan: Tensor,
-    scale: float,
+    places: Tensor | None,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    floats: list[float],
+    integers: list[int],
     kernel: str,
     exchange: str,
     group_name: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from the merged ``out`` and ``lse``: keys travel again, their gradients travel home."""
+    wire: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
+    terms = Terms.of(floats, integers, kernel, exchange, group_name, wire)
     accumulator = accumulator_dtype(q.dtype)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator) for x in (q, k, v))
     compute: Kernel = get_kernel(kernel, q.device.type)
-    saved = Saved(q, out, lse, grad_out, grad_lse)
-    for block in get_exchange(exchange).backward(Plan.from_tensor(plan), (k, v), (dk, dv), group_name):
-        keys, values = block.rows
-        compute.backward(saved, keys, values, _tasks(block), scale, Gradients(dq, *block.grads))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(terms, q, queries, keys)
+    for block in get_exchange(exchange).backward(terms.route(plan, places), (k, v), (dk, dv)):
+        block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
+        grads = Gradients(dq, *(_per_head(x, terms.repeats, zeros=True) for x in block.grads))
+        compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
+        _add_per_head(block.grads, (grads.dk, grads.dv), terms.repeats)
+        del block, block_keys, block_values, grads  # before the exchange makes room for the next one
+    dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, saved)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+@torch.library.custom_op("cphandler::largest_scores", mutates_args=())
+def largest_scores(
+    q: Tensor,
+    k: Tensor,
+    plan: Tensor,
+    places: Tensor | None,
+    floats: list[float],
+    integers: list[int],
+    kernel: str,
+    exchange: str,
+    group_name: str,
+    wire: str,
+) -> Tensor:
+    """See :func:`max_logit`."""
+    terms = Terms.of(floats, integers, kernel, exchange, group_name, wire)
+    result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
+    compute = get_kernel(kernel, q.device.type)
+    for block in get_exchange(exchange).forward(terms.route(plan, places), (k,)):
+        compute.max_logit(q, _per_head(block.rows[0], terms.repeats), _tasks(block), terms.scale, result)
+        del block
+    return result
 
 
 @attention_forward.register_fake
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, scale: float, kernel: str, exchange: str, group_name: str
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
 
 
 @attention_backward.register_fake
 def _fake_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+@largest_scores.register_fake
+def _fake_largest(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty((q.shape[2],), dtype=accumulator_dtype(q.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, plan, *ctx.options = inputs
+    q, k, v, sinks, plan, places, queries, keys, *ctx.terms = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, plan)
+    ctx.save_for_backward(q, k, v, sinks, *output, plan, places, queries, keys)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, plan = ctx.saved_tensors
+    q, k, v, sinks, out, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = attention_backward(grad_out, grad_lse, q, k, v, out, lse, plan, *ctx.options)
-    return (*grads, None, None, None, None, None)
+    dq, dk, dv, dsinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.terms)
+    return (dq, dk, dv, None if sinks is None else dsinks, *[None] * 10)
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,15 +23,15 @@ class TensorRules:
 
     Attributes:
         qkv_format: order of dims.
-        local_tokens: rows L of this rank.
+        local_tokens: rows of this rank, of queries and of keys.
         batch: rows of the batch where the handler knows them (key-padding mask), else None.
-        explain: what a wrong length, given the right one, probably means.
+        explain: what a wrong length, given the right one and the stream, probably means.
     """
 
     qkv_format: str
-    local_tokens: int
+    local_tokens: tuple[int, int]
     batch: int | None
-    explain: Callable[[int, int], str]
+    explain: Callable[[int, int, str], str]
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raise what is wrong with the three tensors.
@@ -48,11 +48,12 @@ class TensorRules:
         for name, x in named.items():
             if x.dim() != dims:
                 raise InvalidValueError(f"{name} must be {letters}", got=f"shape {list(x.shape)}")
-            if x.shape[seq_dim] != self.local_tokens:
+            rows, stream = (self.local_tokens[0], "q") if name == "query" else (self.local_tokens[1], "kv")
+            if x.shape[seq_dim] != rows:
                 raise InvalidValueError(
-                    f"{name} must hold this rank's {self.local_tokens} rows in dim {seq_dim}",
+                    f"{name} must hold this rank's {rows} rows in dim {seq_dim}",
                     got=f"shape {list(x.shape)}",
-                    fix=self.explain(x.shape[seq_dim], self.local_tokens),
+                    fix=self.explain(x.shape[seq_dim], rows, stream),
                 )
         self._check_sizes(query, key, value)
 
@@ -92,7 +93,7 @@ class TensorRules:
                 got=f"{query.shape[-1]} and {key.shape[-1]}",
                 fix="only values may have another",
             )
-        if query.shape[-1] == 0:
+        if 0 in (query.shape[-1], value.shape[-1]):
             raise InvalidValueError("the head dim must not be 0")
 
 
@@ -110,7 +111,11 @@ class AttentionCall:
         kernel: name of the built-in kernel.
         exchange: how keys reach the queries; ``"whole"`` where whole documents come to this rank.
         qkv_format: how results are arranged.
-        return_lse: whether the caller asked for it.
+        options: what else was asked for.
+        settings: the :class:`CoreAttention` that was given, which records the largest score; None for none.
+        sinks: ``[N]``, or None.
+        first_head: number in the model of the first head in ``q``.
+        repeats: how many query heads in ``q`` use each key head, where they are uneven; else empty.
     """
 
     q: Tensor
@@ -122,7 +127,11 @@ class AttentionCall:
     kernel: str
     exchange: str
     qkv_format: str
-    return_lse: bool
+    options: AttentionOptions
+    settings: CoreAttention | None
+    sinks: Tensor | None
+    first_head: int
+    repeats: tuple[int, ...]
 
     @classmethod
     def of(
@@ -140,37 +149,73 @@ class AttentionCall:
 
         Raises:
             InvalidTypeError: see :meth:`TensorRules.check`, or an ``attn_mod`` that cannot be called.
-            InvalidValueError: see :meth:`TensorRules.check`.
-            UnsupportedError: see :class:`AttentionOptions` and :func:`select_kernel`.
+            InvalidValueError: see :meth:`TensorRules.check`, sinks of another shape, or dropout without a seed.
+            UnsupportedError: see :func:`select_kernel`.
         """
         rules.check(*tensors)
-        module = None
-        if isinstance(attn_mod, CoreAttention):
-            options = attn_mod.applied_to(options)
-        elif attn_mod is not None:
-            module = attn_mod
-            if not callable(module):
-                raise InvalidTypeError(
-                    "attn_mod must be None, a CoreAttention or a callable", got=type(module).__name__
-                )
+        settings = attn_mod if isinstance(attn_mod, CoreAttention) else None
+        module = attn_mod if settings is None else None
+        if module is not None and not callable(module):
+            raise InvalidTypeError("attn_mod must be None, a CoreAttention or a callable", got=type(module).__name__)
+        options = options if settings is None else settings.applied_to(options)
         q, k, v = (batch_first(x, rules.qkv_format) for x in tensors)
+        _check_sinks(options.sinks, q)
+        if options.dropout_p and options.dropout_seed is None:
+            raise InvalidValueError(
+                "dropout needs a dropout_seed",
+                got=f"dropout_p {options.dropout_p}",
+                fix="pass dropout_seed=, the same on all ranks of the group and another in every step",
+            )
         scale = float(q.shape[-1]) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
         chosen = mask if options.mask is None else make_mask(options.mask)
-        name = select_kernel(config.kernel, q, k, v, deterministic=config.deterministic)
-        return cls(q, k, v, module, chosen, scale, name, exchange, rules.qkv_format, options.return_lse)
+        asked = {"softcap": options.softcap is not None, "dropout": options.dropout_p > 0}
+        name = select_kernel(config.kernel, q, k, v, deterministic=config.deterministic, **asked)
+        form = rules.qkv_format
+        return cls(q, k, v, module, chosen, scale, name, exchange, form, options, settings, options.sinks, 0, ())
+
+    @property
+    def return_lse(self) -> bool:
+        """Whether the caller asked for the log-sum-exp."""
+        return self.options.return_lse
+
+    @property
+    def wants_max_logit(self) -> bool:
+        """Whether the largest score is needed: to be returned, or to be recorded."""
+        return self.options.return_max_logit or (self.settings is not None and self.settings.record_max_logit)
+
+    def replaced(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionCall:
+        """The same call over other tensors: whole documents in place of local rows, or some heads only."""
+        return replace(self, q=q, k=k, v=v, **changes)
 
     def describe(self) -> str:
         """The call in a few words, the same on every rank that makes the same one."""
         tensors = ", ".join(kind_of(x) for x in (self.q, self.k, self.v))
         how = self.kernel if self.module is None else "own module"
-        return f"({tensors}; {how}, scale {self.scale:g}{', lse' if self.return_lse else ''})"
+        asked = [name for name in self.options.features if name != "softmax_scale"]
+        if self.options.dropout_p:
+            asked.append(f"p {self.options.dropout_p} seed {self.options.dropout_seed}")
+        if self.options.layer_number is not None:
+            asked.append(f"layer {self.options.layer_number}")
+        return f"({tensors}; {how}, scale {self.scale:g}{''.join(', ' + word for word in asked)})"
 
-    def result(self, out: Tensor, lse: Tensor | None) -> Tensor | AttentionResult:
-        """Arrange ``out [B, L, N, D_v]`` and ``lse [B, L, N]`` as the caller asked."""
-        arranged = from_batch_first(out, self.qkv_format)
-        if not self.return_lse:
-            return arranged
-        return AttentionResult(arranged, None if lse is None else from_batch_first(lse, self.qkv_format), None)
+    def arranged(self, result: AttentionResult) -> Tensor | AttentionResult:
+        """What the caller gets: ``out [B, L, N, D_v]`` and ``lse [B, L, N]`` in its format, no more than it asked."""
+        out = from_batch_first(result.out, self.qkv_format)
+        if not (self.return_lse or self.options.return_max_logit):
+            return out
+        lse = None if result.lse is None or not self.return_lse else from_batch_first(result.lse, self.qkv_format)
+        return AttentionResult(out, lse, result.max_logit if self.options.return_max_logit else None)
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    if sinks is None:
+        return
+    if sinks.shape != (q.shape[2],) or sinks.device != q.device:
+        raise InvalidValueError(
+            "sinks must be one number per query head, on the device of the queries",
+            got=f"shape {list(sinks.shape)} on {sinks.device}",
+            fix=f"expected [{q.shape[2]}] on {q.device}, the same on every rank",
+        )
 
 
 def batch_first(x: Tensor, qkv_format: str) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,6 +60,46 @@ def record_traffic() -> Iterator[Traffic]:
 def _record(operation: str, sent_bytes: int, messages: int) -> None:
     for traffic in _recorders:
         traffic.add(operation, sent_bytes, messages)
+
+
+class Members(NamedTuple):
+    """The ranks that an operation is between: all of a group, or some of it.
+
+    Attributes:
+        group: the process group.
+        size: how many.
+        rank: this process's place among them.
+        peers: their ranks in the group, in order.
+    """
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
+    peers: range
+
+
+def sub_group_name(group_name: str, peers: range) -> str:
+    """A name under which every operation of this module is between some ranks of a group.
+
+    Messages go through the group itself, so that nothing has to be made, by anybody. In collectives all ranks of the
+    group take part, each with its own part of it; parts do not overlap.
+    """
+    return f"{group_name}#{peers.start}:{peers.stop}:{peers.step}" if group_name else ""
+
+
+def members(group_name: str) -> Members:
+    """Who a name stands for.
+
+    Raises:
+        InvalidValueError: the group was destroyed or never made in this process.
+    """
+    name, _, part = group_name.partition("#")
+    group = process_group(name)
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if not part:
+        return Members(group, size, rank, range(size))
+    peers = range(*map(int, part.split(":")))
+    return Members(group, len(peers), peers.index(rank), peers)
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -112,7 +152,7 @@ def connect(group_name: str, device: torch.device) -> None:
     """
     if device.type == "cpu":
         return
-    group = process_group(group_name)
+    group = members(group_name).group
     devices = _connected.setdefault(group, set())
     if device not in devices and transports(group).get(device.type) == "nccl":
         dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -142,9 +182,9 @@ def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, i
     """
     sends = [(tensor, peer) for tensor, peer in sends if tensor.numel()]
     receives = [(tensor, peer) for tensor, peer in receives if tensor.numel()]
-    group = process_group(group_name)
-    operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends]
-    operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives]
+    group, _, _, ranks = members(group_name)
+    operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=ranks[peer]) for tensor, peer in sends]
+    operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=ranks[peer]) for tensor, peer in receives]
     _record("send", sum(tensor.nbytes for tensor, _ in sends), len(sends))
     works = dist.batch_isend_irecv(operations) if operations else []
     return Transfer(works, [tensor for tensor, _ in [*sends, *receives]])
@@ -176,10 +216,12 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
     if _width(x) == 0:
         return received
-    group = process_group(group_name)
-    kept = send_counts[dist.get_rank(group)]
-    _record("all_to_all", (len(x) - kept) * _width(x) * x.element_size(), len(send_counts) - 1)
-    dist.all_to_all_single(_bytes_of(received), _bytes_of(x.contiguous()), recv_counts, send_counts, group=group)
+    group, size, rank, peers = members(group_name)
+    _record("all_to_all", (len(x) - send_counts[rank]) * _width(x) * x.element_size(), size - 1)
+    receives, sends = ([0] * dist.get_world_size(group) for _ in range(2))
+    for i, peer in enumerate(peers):
+        receives[peer], sends[peer] = recv_counts[i], send_counts[i]
+    dist.all_to_all_single(_bytes_of(received), _bytes_of(x.contiguous()), receives, sends, group=group)
     return received
 
 
@@ -193,7 +235,7 @@ def exchange_rows(x: Tensor, send_counts: list[int], recv_counts: list[int], gro
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
     if _width(x) == 0:
         return received
-    rank = dist.get_rank(process_group(group_name))
+    rank = members(group_name).rank
     sent_parts = x.contiguous().split(send_counts)
     received_parts = received.split(recv_counts)
     received_parts[rank].copy_(sent_parts[rank])
@@ -209,13 +251,12 @@ def all_gather(x: Tensor, group_name: str) -> Tensor:
 
     The backward pass is :func:`reduce_scatter`.
     """
-    group = process_group(group_name)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    group, size, rank, _ = members(group_name)
     gathered = x.new_empty((size * len(x), *x.shape[1:]))
     if x.numel() == 0:
         return gathered
     x = x.contiguous()
-    if _gathers_by_sends(x.device, group):
+    if _gathers_by_sends(x.device, group) or size < dist.get_world_size(group):
         parts = gathered.chunk(size)
         parts[rank].copy_(x)
         peers = [peer for peer in range(size) if peer != rank]
@@ -233,7 +274,7 @@ def reduce_scatter(x: Tensor, group_name: str) -> Tensor:
 
     Blocks travel once and are added in rank order, in float32 for 16-bit inputs: two runs give the same bits.
     """
-    size = dist.get_world_size(process_group(group_name))
+    size = members(group_name).size
     rows = len(x) // size
     parts = all_to_all(x, [rows] * size, [rows] * size, group_name).chunk(size) if rows else (x,)
     total = parts[0].to(accumulator_dtype(x.dtype), copy=True)
@@ -248,8 +289,7 @@ def ring_shift(x: Tensor, shift: int, group_name: str) -> Tensor:
 
     The backward pass is the shift the other way.
     """
-    group = process_group(group_name)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    _, size, rank, _ = members(group_name)
     if shift % size == 0:
         return x.clone(memory_format=torch.contiguous_format)
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -260,6 +300,17 @@ def ring_shift(x: Tensor, shift: int, group_name: str) -> Tensor:
         group_name,
     ).wait()
     return received
+
+
+@torch.library.custom_op("cphandler::maximum", mutates_args=())
+def maximum(x: Tensor, group_name: str) -> Tensor:
+    """The largest of the ranks' values, element by element; no gradient. Every rank has the same shape."""
+    result = x.clone(memory_format=torch.contiguous_format)
+    group = process_group(group_name)
+    size = dist.get_world_size(group)
+    _record("maximum", 2 * x.nbytes * (size - 1) // size, size - 1)
+    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
+    return result
 
 
 def agree(payload: bytes, group_name: str, timeout: float | None) -> list[bytes]:
@@ -339,11 +390,16 @@ def _fake_exchange(x: Tensor, send_counts: list[int], recv_counts: list[int], gr
 
 
 def _fake_all_gather(x: Tensor, group_name: str) -> Tensor:
-    return x.new_empty((dist.get_world_size(process_group(group_name)) * x.shape[0], *x.shape[1:]))
+    return x.new_empty((members(group_name).size * x.shape[0], *x.shape[1:]))
 
 
 def _fake_reduce_scatter(x: Tensor, group_name: str) -> Tensor:
-    return x.new_empty((x.shape[0] // dist.get_world_size(process_group(group_name)), *x.shape[1:]))
+    return x.new_empty((x.shape[0] // members(group_name).size, *x.shape[1:]))
+
+
+@maximum.register_fake
+def _fake_maximum(x: Tensor, group_name: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_ring_shift(x: Tensor, shift: int, group_name: str) -> Tensor:

@@ -19,10 +19,11 @@ class CPConfig(BaseModel):
         check_consistency: when to compare the batch across ranks before the first exchange: for every
             handler, for the first handler of a group, or never.
         timeout: seconds the check waits for the slowest rank; None leaves it to the process group.
-        ulysses_degree: not available yet; must be None. (Ranks of the inner group under ``a2a+p2p``.)
+        ulysses_degree: ranks of the inner group under ``a2a+p2p`` and ``a2a+ring`` over a flat group; None takes the
+            smallest divisor of the group's size that is at least its square root.
         tile: not available yet; must be None. (Rows of the kernel's tile, for planners that round work up to it.)
-        gradient_wire_dtype: not available yet; must be None. (Dtype in which key and value gradients travel, where it
-            is not the accumulator's.)
+        gradient_wire_dtype: dtype in which key and value gradients travel where each contribution travels once (p2p,
+            all_gather, a2a+p2p); sums stay in the accumulator's, which is also what None sends.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.mask import Mask
 
 
@@ -31,19 +31,24 @@ class AttentionOptions:
     """Options of one ``core_attn`` call.
 
     Attributes:
-        layer_number: the layer's number, from 1; selects the algorithm where a handler has one per layer.
+        layer_number: the layer's number, from 1; selects the algorithm where a handler has one per layer, and lets
+            layers under one ``dropout_seed`` drop different weights.
         mask: replaces the handler's mask for this call.
         softmax_scale: factor on the scores; None is ``D ** -0.5``.
-        softcap: not available yet; must be None.
-        sinks: not available yet; must be None.
-        dropout_p: not available yet; must be 0.
-        dropout_seed: not available yet; must be None.
+        softcap: scaled scores s become ``softcap * tanh(s / softcap)``.
+        sinks: ``[N]``: a learnable logit per head that takes part in every row's softmax and has no value (gpt-oss).
+            The log-sum-exp that is returned holds it. Its gradient is this rank's part: sum it over the group, as
+            gradients of replicated parameters are (on the replicated layout it is complete on every rank).
+        dropout_p: probability that an attention weight is dropped; those kept are divided by ``1 - dropout_p``.
+        dropout_seed: required with dropout. Which weights are dropped depends on the seed, the layer, the row of the
+            batch, the head and both tokens' global positions, so that it is the same for any number of ranks.
         return_lse: also return the log-sum-exp of each row.
-        return_max_logit: not available yet; must be False.
+        return_max_logit: also return the largest scaled score (before any softcap) of each head over the group; costs
+            a further pass over queries and keys, and the keys travel once more.
 
     Raises:
-        UnsupportedError: an option that is not available yet.
-        InvalidValueError: a layer number below 1.
+        InvalidTypeError: an option of a wrong type.
+        InvalidValueError: an option out of its range, or dropout without a seed.
     """
 
     layer_number: int | None = None
@@ -57,21 +62,26 @@ class AttentionOptions:
     return_max_logit: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_unavailable(self.softcap, self.sinks, self.dropout_p)
-        if self.dropout_seed is not None:
-            raise UnsupportedError(
-                "dropout_seed has no use yet: attention dropout is not available", fix="leave it None"
-            )
-        if self.return_max_logit:
-            raise UnsupportedError(
-                "return_max_logit is not available yet", fix="leave it False; return_lse=True is available"
-            )
-        if self.layer_number is not None and (
-            isinstance(self.layer_number, bool) or not isinstance(self.layer_number, int)
-        ):
-            raise InvalidTypeError("layer_number must be an int", got=repr(self.layer_number))
-        if self.layer_number is not None and self.layer_number < 1:
-            raise InvalidValueError("layer_number counts from 1", got=self.layer_number)
+        _check_int("layer_number", self.layer_number, least=1, wrong="layer_number counts from 1")
+        _check_int("dropout_seed", self.dropout_seed, least=0, wrong="dropout_seed must not be negative")
+        _check_softcap(self.softcap)
+        _check_dropout(self.dropout_p)
+        if self.sinks is not None and not (isinstance(self.sinks, Tensor) and self.sinks.is_floating_point()):
+            got = self.sinks.dtype if isinstance(self.sinks, Tensor) else type(self.sinks).__name__
+            raise InvalidTypeError("sinks must be a floating-point tensor [N]", got=got)
+
+    @property
+    def features(self) -> list[str]:
+        """What of this a handler class must serve, by the names of its capability table."""
+        asked = {
+            "softmax_scale": self.softmax_scale is not None,
+            "softcap": self.softcap is not None,
+            "sinks": self.sinks is not None,
+            "dropout": self.dropout_p > 0,
+            "return_lse": self.return_lse,
+            "return_max_logit": self.return_max_logit,
+        }
+        return [name for name, given in asked.items() if given]
 
     @classmethod
     def checked(cls, options: OptionalArguments) -> AttentionOptions:
@@ -89,13 +99,23 @@ class AttentionOptions:
         return cls(**options)
 
 
-def _refuse_unavailable(softcap: float | None, sinks: object, dropout_p: float) -> None:
-    if softcap is not None:
-        raise UnsupportedError("softcap is not available yet", fix="leave it None")
-    if sinks is not None and sinks is not False:
-        raise UnsupportedError("attention sinks are not available yet", fix="leave them out")
-    if dropout_p:
-        raise UnsupportedError("attention dropout is not available yet", got=dropout_p, fix="leave it 0")
+def _check_int(name: str, value: object, *, least: int, wrong: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name} must be an int", got=repr(value))
+    if not least <= value < 1 << 63:
+        raise InvalidValueError(wrong, got=value)
+
+
+def _check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < float("inf")):
+        raise InvalidValueError("softcap must be a positive number", got=repr(softcap), fix="None leaves scores as are")
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not (isinstance(dropout_p, int | float) and 0 <= dropout_p < 1):
+        raise InvalidValueError("dropout_p must be a probability below 1", got=repr(dropout_p))
 
 
 class CoreAttention(torch.nn.Module):
@@ -103,15 +123,19 @@ class CoreAttention(torch.nn.Module):
 
     Args:
         softmax_scale: factor on the scores; None is ``D ** -0.5``.
-        softcap: not available yet; must be None.
-        dropout_p: not available yet; must be 0.
-        sinks: not available yet; must be False. (Later: make a learnable ``sinks`` parameter, one per head.)
+        softcap: scaled scores s become ``softcap * tanh(s / softcap)``; None leaves them as they are.
+        dropout_p: probability that an attention weight is dropped in training mode; each call must then name a
+            ``dropout_seed``.
+        num_sinks: query heads N that get a learnable ``sinks`` parameter, zeros at first; 0 for none.
+        record_max_logit: keep ``current_max_attn_logits`` at every call, as if each asked for ``return_max_logit``.
 
     Attributes:
-        current_max_attn_logits: running maximum of the scaled scores per head, None until one is recorded.
+        sinks: ``[N]`` parameter, or None.
+        current_max_attn_logits: ``[N]`` running maximum of the scaled scores per head over all calls that asked for it,
+            what QK-clip reads (Kimi K2, arXiv 2507.20534, 2.1); None until one did. Set it to None to start afresh.
 
     Raises:
-        UnsupportedError: a setting that is not available yet.
+        InvalidValueError: a setting out of its range.
     """
 
     def __init__(
@@ -120,26 +144,33 @@ class CoreAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         softcap: float | None = None,
         dropout_p: float = 0.0,
-        sinks: bool = False,
+        num_sinks: int = 0,
+        record_max_logit: bool = False,
     ) -> None:
         super().__init__()
-        _refuse_unavailable(softcap, sinks, dropout_p)
+        _check_softcap(softcap)
+        _check_dropout(dropout_p)
         self.softmax_scale = softmax_scale
         self.softcap = softcap
         self.dropout_p = dropout_p
-        self.register_parameter("sinks", None)
+        self.record_max_logit = record_max_logit
+        self.register_parameter("sinks", torch.nn.Parameter(torch.zeros(num_sinks)) if num_sinks else None)
         self.current_max_attn_logits: Tensor | None = None
 
     def applied_to(self, options: AttentionOptions) -> AttentionOptions:
-        """The call's options, with this module's where the call leaves them open.
+        """The call's options, with this module's where the call leaves them open."""
+        settings: dict[str, Any] = {}
+        for name in ("softmax_scale", "softcap", "sinks"):
+            if getattr(options, name) is None:
+                settings[name] = getattr(self, name)
+        if not options.dropout_p and self.training:
+            settings["dropout_p"] = self.dropout_p
+        return replace(options, **settings)
 
-        Raises:
-            UnsupportedError: an attribute that was set to what is not available yet.
-        """
-        _refuse_unavailable(self.softcap, self.sinks, self.dropout_p)
-        if options.softmax_scale is None:
-            return replace(options, softmax_scale=self.softmax_scale)
-        return options
+    def record(self, max_logit: Tensor) -> None:
+        """Raise the running maximum to what a call has seen."""
+        current = self.current_max_attn_logits
+        self.current_max_attn_logits = max_logit if current is None else torch.maximum(current, max_logit)
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -16,12 +16,25 @@ _HANDLERS: dict[tuple[str, str | None], str] = {
     ("local", None): "cphandler.backends.local:LocalHandler",
     ("local", "a2a"): "cphandler.backends.ulysses:UlyssesHandler",
     ("local", "ring"): "cphandler.backends.ring:RingHandler",
+    ("local", "p2p"): "cphandler.backends.p2p:P2PHandler",
     ("local", "all_gather"): "cphandler.backends.all_gather:AllGatherHandler",
+    ("local", "a2a+p2p"): "cphandler.backends.usp:USPHandler",
+    ("local", "a2a+ring"): "cphandler.backends.usp:USPRingHandler",
 }
 
 _BACKEND_ALIASES = {"torch": "local"}
-_COMM_ALIASES = {"ulysses": "a2a", "allgather": "all_gather"}
-_SHORT = {"ulysses": "a2a", "ring": "ring", "all_gather": "all_gather", "allgather": "all_gather"}
+_COMM_ALIASES = {"ulysses": "a2a", "allgather": "all_gather", "usp": "a2a+p2p"}
+_SHORT = {
+    "ulysses": "a2a",
+    "ring": "ring",
+    "p2p": "p2p",
+    "all_gather": "all_gather",
+    "allgather": "all_gather",
+    "usp": "a2a+p2p",
+    "a2a": "a2a",
+    "a2a+p2p": "a2a+p2p",
+    "a2a+ring": "a2a+ring",
+}
 """Comm types that may stand alone for the local backend with that comm type."""
 
 
@@ -85,20 +98,26 @@ def available_cp_handlers() -> list[tuple[str, str | None]]:
     return sorted(known, key=lambda key: (key[0], key[1] or ""))
 
 
-def get_cp_handler_cls(backend: str = "local", cp_comm_type: str | None = None) -> type[ContextParallelHandler]:
+def get_cp_handler_cls(
+    backend: str = "local", cp_comm_type: str | Sequence[str] | None = None, *, num_layers: int | None = None
+) -> type[ContextParallelHandler]:
     """The handler class for a backend and a comm type.
 
     Args:
         backend: ``"local"`` (alias ``"torch"``), a registered name, or a comm type alone, which is short for
             ``"local"`` with it.
-        cp_comm_type: ``"a2a"`` (alias ``"ulysses"``), ``"ring"``, ``"all_gather"`` (alias ``"allgather"``), or None for
-            one rank.
+        cp_comm_type: ``"a2a"`` (alias ``"ulysses"``), ``"ring"``, ``"p2p"``, ``"all_gather"`` (alias ``"allgather"``),
+            ``"a2a+p2p"`` (alias ``"usp"``), ``"a2a+ring"``, or None for one rank; or a list with one of them for each
+            layer, all over one layout, chosen by ``layer_number``.
+        num_layers: with a list, the model's number of layers, to be compared with the list's length.
 
     Raises:
-        InvalidTypeError: not strings.
-        InvalidValueError: an unknown pair; lists the known ones.
+        InvalidTypeError: not strings, or a list with a class that has a layout of its own.
+        InvalidValueError: an unknown pair; lists the known ones. A list of another length than ``num_layers``.
         MissingPackageError: the backend's package cannot be imported.
     """
+    if isinstance(cp_comm_type, Sequence) and not isinstance(cp_comm_type, str):
+        return _layered(backend, list(cp_comm_type), num_layers)
     key = _key(backend, cp_comm_type)
     if key in _LOADED:
         return _LOADED[key]
@@ -111,6 +130,26 @@ def get_cp_handler_cls(backend: str = "local", cp_comm_type: str | None = None) 
         )
     _LOADED[key] = _imported(target, key)
     return _LOADED[key]
+
+
+def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> type[ContextParallelHandler]:
+    """The class with one algorithm per layer."""
+    if not comm_types or (num_layers is not None and len(comm_types) != num_layers):
+        raise InvalidValueError(
+            "a list of comm types needs one for each layer",
+            got=f"{len(comm_types)} for {num_layers or 'some'} layers",
+            fix="repeat a comm type for every layer that uses it",
+        )
+    layers = import_module("cphandler.backends.layered")
+    classes = tuple(get_cp_handler_cls(backend, comm_type) for comm_type in comm_types)
+    for comm_type, handler_cls in zip(comm_types, classes, strict=True):
+        if not issubclass(handler_cls, layers.LayoutHandler):
+            raise InvalidTypeError(
+                "only handlers over a Layout can share one from layer to layer",
+                got=f"{handler_cls.__name__} for {comm_type!r}",
+            )
+    made: type[ContextParallelHandler] = layers.layered(classes)
+    return made
 
 
 def _legal() -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +16,9 @@ from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedErr
 from cphandler.layout import Layout
 from cphandler.mask import Mask, make_mask
 from cphandler.mesh import GroupSource, resolve_group
+from cphandler.metadata import dense_streams, packed_streams
 from cphandler.rope import Freqs, deinterleaved, flat_table, yarn_scale
-from cphandler.sequence import Documents, Offsets, checked_offsets
+from cphandler.sequence import Offsets
 from cphandler.stream import Fragments
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
 """Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
+
+LayoutSource: TypeAlias = "str | Layout | tuple[str | Layout, str | Layout] | None"
+"""What ``layout=`` takes; a pair is for the query and the key stream of cross attention."""
 
 FreqsMode: TypeAlias = Literal["per_document", "packed"]
 """Whether a rope table counts positions from each document's start, or has one row per packed token."""
@@ -41,18 +44,20 @@ class ContextParallelHandler(ABC):
         cp_group: the ranks that share each sequence: a process group, a 1-D device mesh, or None for one rank.
         qkv_format: ``"sbhd"``, ``"bshd"`` or ``"thd"``.
         cu_seqlens_q: ``thd``: ``[D + 1]`` offsets of the valid tokens, global, before any split over ranks.
-        cu_seqlens_kv: the same for keys; must equal ``cu_seqlens_q`` (cross attention is not available yet).
+        cu_seqlens_kv: the same for the keys of cross attention, document i of the queries with document i of the keys;
+            None, or the same offsets, for self attention.
         cu_seqlens_q_padded: ``thd``: physical offsets where documents are padded at their ends; tensors then have that
             length.
         cu_seqlens_kv_padded: the same for keys.
         max_seqlen_q: dense formats: the global sequence length S, required. ``thd``: at least the longest physical
             document, which is the default.
-        max_seqlen_kv: the same for keys; must equal ``max_seqlen_q``.
-        key_padding_mask: dense formats: ``[B, S]`` bool, True for a real token; left padding, right padding and holes
-            are all exact.
+        max_seqlen_kv: the same for keys; dense formats: another length means cross attention.
+        key_padding_mask: dense formats: ``[B, S]`` bool over the keys, True for a real token; left padding, right
+            padding and holes are all exact. In self attention it says which queries are real too.
         local_cp_size: dynamic context parallelism: how many ranks this batch uses; must be the size of ``cp_group``.
         mask: ``"causal"``, ``"full"`` or a :class:`Mask`.
-        layout: a name, a :class:`Layout`, or None for the class's default.
+        layout: a name, a :class:`Layout`, or None for the class's default; a pair of them for the two streams of cross
+            attention.
         config: settings that do not change from batch to batch.
 
     Raises:
@@ -63,6 +68,9 @@ class ContextParallelHandler(ABC):
 
     comm_type: ClassVar[str] = "none"
     """How this class communicates: ``"none"``, ``"a2a"``, ``"ring"``, ``"all_gather"``, ..."""
+
+    two_level: ClassVar[bool] = False
+    """Whether a 2-D (outer, inner) device mesh may be given as the group."""
 
     def __init__(
         self,
@@ -78,7 +86,7 @@ class ContextParallelHandler(ABC):
         key_padding_mask: Tensor | None = None,
         local_cp_size: int | None = None,
         mask: str | Mask = "causal",
-        layout: str | Layout | None = None,
+        layout: LayoutSource = None,
         config: CPConfig | None = None,
     ) -> None:
         self.config = CPConfig() if config is None else config
@@ -87,32 +95,26 @@ class ContextParallelHandler(ABC):
         if qkv_format not in ("sbhd", "bshd", "thd"):
             raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
         self.qkv_format: Format = qkv_format
-        self._group = resolve_group(cp_group)
+        self._group = resolve_group(cp_group, two_level=self.two_level)
         self._check_local_cp_size(local_cp_size)
         self._mask = make_mask(mask)
-        given = {
+        offsets = {
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_kv": cu_seqlens_kv,
             "cu_seqlens_q_padded": cu_seqlens_q_padded,
             "cu_seqlens_kv_padded": cu_seqlens_kv_padded,
         }
-        if qkv_format != "thd":
-            self._refuse_offsets([name for name, value in given.items() if value is not None])
-        self._refuse_cross_attention("cu_seqlens_kv", cu_seqlens_q, cu_seqlens_kv)
-        self._refuse_cross_attention("cu_seqlens_kv_padded", cu_seqlens_q_padded, cu_seqlens_kv_padded)
-        if max_seqlen_kv is not None and (max_seqlen_q is None or int(max_seqlen_kv) != int(max_seqlen_q)):
-            raise _no_cross_attention("max_seqlen_kv")
-        self.padded_rows: Documents | None = None
+        lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_kv}
         if qkv_format == "thd":
-            self.documents = self._packed_documents(cu_seqlens_q, cu_seqlens_q_padded, key_padding_mask)
-            self.max_seqlen_q = self._checked_max_seqlen(max_seqlen_q)
+            queries, keys = packed_streams(offsets, lengths, key_padding_mask)
         else:
-            self.documents = self._dense_document(max_seqlen_q, key_padding_mask)
-            self.max_seqlen_q = self.documents.num_tokens
+            queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask)
+        self.documents, self.padded_rows, self.max_seqlen_q = queries
+        self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv = keys
         self.device = self._device(cu_seqlens_q, key_padding_mask)
         self.prepare(layout)
 
-    def prepare(self, layout: str | Layout | None) -> None:
+    def prepare(self, layout: LayoutSource) -> None:
         """Build what follows from the checked metadata; called once, at the end of construction.
 
         Args:
@@ -130,62 +132,6 @@ class ContextParallelHandler(ABC):
                 got=f"{local_cp_size} with a group of {self.cp_size}",
                 fix="pass the group this batch uses; cp_group=None for local_cp_size=1",
             )
-
-    @staticmethod
-    def _refuse_cross_attention(name: str, query: Offsets | None, key: Offsets | None) -> None:
-        """Accept key metadata that repeats the query's, as packed-sequence parameters often do."""
-        if key is None or key is query:
-            return
-        if query is None or not np.array_equal(checked_offsets(query, name), checked_offsets(key, name)):
-            raise _no_cross_attention(name)
-
-    @staticmethod
-    def _packed_documents(
-        cu_seqlens: Offsets | None, padded: Offsets | None, key_padding_mask: Tensor | None
-    ) -> Documents:
-        if cu_seqlens is None:
-            raise InvalidValueError("qkv_format 'thd' needs cu_seqlens_q", fix="pass global offsets such as [0, 5, 12]")
-        if key_padding_mask is not None:
-            raise InvalidValueError(
-                "key_padding_mask belongs to the dense formats",
-                fix="with thd, pass cu_seqlens_q (valid) and cu_seqlens_q_padded (physical)",
-            )
-        return Documents.from_cu_seqlens(cu_seqlens, padded, name="cu_seqlens_q")
-
-    def _checked_max_seqlen(self, max_seqlen: int | None) -> int:
-        longest = self.documents.max_length
-        if max_seqlen is not None and int(max_seqlen) < longest:
-            raise InvalidValueError(
-                "max_seqlen_q is shorter than the longest document",
-                got=f"{int(max_seqlen)} for {longest} tokens",
-                fix="pass the global maximum, or None",
-            )
-        return longest if max_seqlen is None else int(max_seqlen)
-
-    def _refuse_offsets(self, given: list[str]) -> None:
-        if given:
-            raise InvalidValueError(
-                f"qkv_format {self.qkv_format!r} is dense and takes no {' or '.join(given)}",
-                fix="use qkv_format='thd' for packed documents, or key_padding_mask for a padded dense batch",
-            )
-
-    def _dense_document(self, max_seqlen: int | None, key_padding_mask: Tensor | None) -> Documents:
-        if max_seqlen is None:
-            raise InvalidValueError(
-                f"qkv_format {self.qkv_format!r} needs max_seqlen_q",
-                fix="pass the global sequence length S, before the split over ranks",
-            )
-        if isinstance(max_seqlen, bool) or int(max_seqlen) != max_seqlen or max_seqlen < 0:
-            raise InvalidValueError("max_seqlen_q must be a sequence length", got=repr(max_seqlen))
-        if key_padding_mask is not None:
-            self.padded_rows = Documents.from_attention_mask(key_padding_mask, name="key_padding_mask")
-            if key_padding_mask.shape[1] != max_seqlen:
-                raise InvalidValueError(
-                    "key_padding_mask must cover the global sequence",
-                    got=f"{key_padding_mask.shape[1]} columns for max_seqlen_q {max_seqlen}",
-                    fix="pass the [B, S] mask as it was before the split over ranks",
-                )
-        return Documents.dense(int(max_seqlen))
 
     def _device(self, *metadata: object) -> torch.device:
         """Where facts such as ``position_ids`` live: with the metadata, else where the group communicates."""
@@ -219,6 +165,11 @@ class ContextParallelHandler(ABC):
     def layout(self) -> Layout:
         """Which rank holds which tokens; a class that leaves this to its engine has none to show."""
         raise UnsupportedError(f"{type(self).__name__} does not show its layout")
+
+    @property
+    def is_cross_attention(self) -> bool:
+        """Whether keys are a stream of their own."""
+        return self.kv_documents is not self.documents
 
     @property
     def seq_dim(self) -> int:
@@ -267,7 +218,7 @@ class ContextParallelHandler(ABC):
             tensor: ``[..., S, ...]``, any dtype and strides.
             seq_dim: dim of the sequence; negative counts from the end.
             pad_value: what a pad row holds.
-            stream: ``"q"``; ``"kv"`` is not available yet.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
             ``[..., L, ...]``; with one rank the argument itself. The backward pass gives every rank the full gradient.
@@ -287,7 +238,7 @@ class ContextParallelHandler(ABC):
             grad: what the incoming gradient means. ``"replicated"``: all ranks compute the same loss; this rank's
                 slice. ``"sum"``: each rank computes its own part; a reduce-scatter. ``"scaled"``: the slice times
                 ``cp_size``.
-            stream: ``"q"``; ``"kv"`` is not available yet.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
             ``[..., S, ...]`` on every rank; with one rank the argument itself.
@@ -320,7 +271,7 @@ class ContextParallelHandler(ABC):
             dims: dim of the sequence.
             fill_value: what rows hold that no token reaches.
             return_sum: also return the sum of the rolled tensor.
-            stream: ``"q"``; ``"kv"`` is not available yet.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
             The rolled tensor and its sum over this rank's rows (None without ``return_sum``). Differentiable.
@@ -365,7 +316,7 @@ class ContextParallelHandler(ABC):
             interleaved: channels are paired (0, 1), (2, 3), ... instead of (i, i + R / 2).
             mscale: factor on cos and sin.
             inverse: undo the rotation.
-            stream: ``"q"``; ``"kv"`` is not available yet.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Raises:
             InvalidValueError: freqs of another length than L, or a rotary dim that does not fit.
@@ -379,7 +330,7 @@ class ContextParallelHandler(ABC):
             freqs: local rows of the rope table.
             config: read for ``rotary_interleaved``, ``multi_latent_attention`` (channels are first taken apart into
                 even and odd ones) and YaRN's scale; None for the defaults.
-            stream: ``"q"``; ``"kv"`` is not available yet.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
         """
         if getattr(config, "multi_latent_attention", False):
             table = freqs[0] if isinstance(freqs, tuple) else freqs
@@ -389,10 +340,11 @@ class ContextParallelHandler(ABC):
 
     def get_rotary_seq_len(self, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> int:
         """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank."""
-        refuse_key_stream(stream)
+        check_stream(stream)
         if freqs_mode not in ("per_document", "packed"):
             raise InvalidValueError("unknown freqs_mode", got=repr(freqs_mode), fix="choose per_document or packed")
-        return self.documents.num_tokens if freqs_mode == "packed" else self.documents.max_length
+        documents = self.documents if stream == "q" else self.kv_documents
+        return documents.num_tokens if freqs_mode == "packed" else documents.max_length
 
     def get_emb_on_this_cp_rank(self, emb: Freqs, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> Any:
         """The rows of a rope table that belong to this rank's tokens.
@@ -401,7 +353,7 @@ class ContextParallelHandler(ABC):
             emb: a table of at least :meth:`get_rotary_seq_len` rows, ``[rows, R]`` or ``[rows, 1, 1, R]``, or a pair
                 (cos, sin).
             freqs_mode: ``"per_document"``, rows count from each document's start; ``"packed"``, one per packed token.
-            stream: ``"q"``; ``"kv"`` is not available yet.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
             ``L`` rows in the shape of ``emb``; a pair for a pair.
@@ -420,16 +372,16 @@ class ContextParallelHandler(ABC):
                     got=f"{part.shape[0]} rows, {needed} needed",
                     fix=f"build it with get_rotary_seq_len(freqs_mode={freqs_mode!r}) rows",
                 )
-        local = [part.index_select(0, self._table_rows(freqs_mode, part.device)) for part in tables]
+        local = [part.index_select(0, self._table_rows(freqs_mode, part.device, stream)) for part in tables]
         return tuple(local) if isinstance(emb, tuple) else local[0]
 
-    def _table_rows(self, freqs_mode: FreqsMode, device: torch.device) -> Tensor:
+    def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
         """``[L]`` row of the rope table for each local row; a handler with ``"packed"`` tables overrides this."""
         if freqs_mode == "packed":
             raise UnsupportedError(
                 f"{type(self).__name__} has no packed rope tables", fix="use freqs_mode='per_document'"
             )
-        return self.position_ids.to(device)
+        return (self.position_ids if stream == "q" else self.kv_position_ids).to(device)
 
     @property
     def fragments(self) -> Fragments:
@@ -438,7 +390,7 @@ class ContextParallelHandler(ABC):
 
     @property
     def kv_layout(self) -> Layout:
-        """The key stream's layout: the query stream's, since attention is over one stream."""
+        """The key stream's :attr:`layout`; the query stream's in self attention."""
         return self.layout
 
     @property
@@ -461,15 +413,18 @@ class ContextParallelHandler(ABC):
         """The key stream's :attr:`fragments`."""
         return self.fragments
 
-    def explain_length(self, got: int, expected: int) -> str:
+    def explain_length(self, got: int, expected: int, stream: str = "q") -> str:
         """What a wrong sequence length probably means: a local tensor or local metadata where global ones belong.
 
         Args:
             got: rows that were found.
             expected: rows that should be there, local or global.
+            stream: which stream's.
         """
-        length, local = self.documents.num_tokens, self.num_local_tokens
-        metadata = "cu_seqlens_q" if self.qkv_format == "thd" else "max_seqlen_q"
+        documents = self.documents if stream == "q" else self.kv_documents
+        local = self.num_local_tokens if stream == "q" else self.kv_num_local_tokens
+        length = documents.num_tokens
+        metadata = f"cu_seqlens_{stream}" if self.qkv_format == "thd" else f"max_seqlen_{stream}"
         looks_local = f"{metadata} must be global, taken before the split over ranks"
         if expected == length and got == local:
             return "this is the length of a rank's own rows: the tensor was already dispatched"
@@ -480,16 +435,11 @@ class ContextParallelHandler(ABC):
         return f"{metadata} says that the sequence has {length} tokens, {local} on each rank; {looks_local}"
 
 
-def _no_cross_attention(name: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{name} differs from its query twin, and cross attention is not available yet",
-        fix="leave it None for self attention",
-    )
+def check_stream(stream: str) -> None:
+    """Refuse what names no stream.
 
-
-def refuse_key_stream(stream: str) -> None:
-    """Refuse the key stream until cross attention is there."""
-    if stream == "kv":
-        raise UnsupportedError("stream='kv' is not available yet: cross attention comes later", fix="use stream='q'")
-    if stream != "q":
-        raise InvalidValueError("unknown stream", got=repr(stream), fix="use 'q'")
+    Raises:
+        InvalidValueError: neither ``"q"`` nor ``"kv"``.
+    """
+    if stream not in ("q", "kv"):
+        raise InvalidValueError("unknown stream", got=repr(stream), fix="use 'q' or 'kv'")

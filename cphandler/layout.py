@@ -157,6 +157,18 @@ class Layout:
         merged = np.concatenate(parts) if parts else table([], 5)
         yield merged[np.argsort(merged[:, START], kind="stable")]
 
+    def merged(self, size: int) -> Layout:
+        """Neighbours joined: rank p of the result holds what ranks ``p * size`` to ``p * size + size - 1`` hold.
+
+        Rows come in ascending order of tokens, pad rows last. Needs spans of stride 1.
+        """
+        spans = []
+        for first in range(0, self.cp_size, size):
+            held = np.concatenate(self.spans[first : first + size])
+            held = held[np.argsort(held[:, START], kind="stable")]
+            spans.append(_joined(held[:, START], held[:, LENGTH]))
+        return Layout(self.name, self.num_tokens, spans, num_local_tokens=size * self.num_local_tokens)
+
     def stack(self, copies: int) -> Layout:
         """The same cut applied to ``copies`` streams of S tokens laid end to end, each with L local rows."""
         if copies == 1:

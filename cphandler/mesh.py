@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 
+from cphandler.comm import device_of, maximum, sub_group_name
 from cphandler.errors import InvalidTypeError, InvalidValueError
 
 if TYPE_CHECKING:
@@ -45,8 +48,25 @@ class CPGroup:
     source: Any
 
 
-def resolve_group(cp_group: GroupSource) -> CPGroup:
-    """Size, rank and name of a group, a 1-D device mesh, or None for one rank.
+@dataclass(frozen=True)
+class TwoLevels:
+    """A group of P * A ranks as A neighbours inside and P apart outside: rank ``p * A + a``.
+
+    Attributes:
+        outer: the P ranks with this one's ``a``; this rank is ``p`` in it.
+        inner: the A ranks with this one's ``p``; this rank is ``a`` in it.
+    """
+
+    outer: CPGroup
+    inner: CPGroup
+
+
+def resolve_group(cp_group: GroupSource, *, two_level: bool = False) -> CPGroup:
+    """Size, rank and name of a group, a device mesh, or None for one rank.
+
+    Args:
+        cp_group: a process group, a 1-D mesh, something with a size and a rank, or None.
+        two_level: also take a 2-D (outer, inner) mesh, as the group of all its ranks.
 
     Raises:
         InvalidTypeError: something else.
@@ -56,6 +76,8 @@ def resolve_group(cp_group: GroupSource) -> CPGroup:
         return CPGroup(1, 0, "", None)
     source: Any = cp_group
     if hasattr(source, "get_group") and hasattr(source, "mesh_dim_names"):
+        if two_level and source.ndim == 2:
+            return _resolve_process_group(_flat_group(source))
         if source.ndim != 1:
             raise InvalidValueError(
                 "this backend takes a 1-D device mesh",
@@ -86,6 +108,89 @@ def _resolve_process_group(group: dist.ProcessGroup) -> CPGroup:
     if rank < 0:
         raise _not_a_member()
     return CPGroup(size, rank, name, group)
+
+
+_flat_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+"""Of a 2-D mesh's outer group, the group of all its ranks."""
+
+_degrees: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+"""Of such a group, the size of the mesh's inner dim."""
+
+
+def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a 2-D mesh, made once, by those ranks alone."""
+    outer = mesh.get_group(0)
+    if outer not in _flat_groups:
+        ranks = mesh.mesh.flatten().tolist()
+        if ranks != sorted(ranks):
+            raise InvalidValueError(
+                "a 2-D (outer, inner) mesh must count its ranks upwards, row by row",
+                got=ranks,
+                fix="let the last mesh dim be the inner one; groups number their ranks in ascending order",
+            )
+        flat = _group_of(ranks, [mesh.get_group(dim) for dim in (0, 1)])
+        _flat_groups[outer], _degrees[flat] = flat, mesh.size(1)
+    return _flat_groups[outer]
+
+
+def _group_of(ranks: list[int], dims: list[dist.ProcessGroup]) -> dist.ProcessGroup:
+    """A group of a mesh's ranks: everybody's own where the mesh has them all, else one that only its members make.
+
+    torch names such a group after the number of groups that the process already has, so that members who have other
+    numbers of them would wait for each other forever.
+    """
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD  # type: ignore[return-value]
+    made = len(dist.distributed_c10d._world.pg_names)
+    extremes = torch.tensor([made, -made], device=device_of(dims[0]))
+    for dim in dims:  # one after the other: over all ranks of the mesh
+        extremes = maximum(extremes, str(dim.group_name))
+    most, least = int(extremes[0]), -int(extremes[1])
+    if most != least:
+        raise InvalidValueError(
+            "the ranks of a 2-D mesh that belong to other numbers of process groups cannot make one together",
+            got=f"{least} to {most} groups a rank",
+            fix="pass the group of all the mesh's ranks and CPConfig(ulysses_degree=...)",
+        )
+    group: dist.ProcessGroup = dist.new_group(
+        ranks, backend=dist.get_backend_config(dims[0]), use_local_synchronization=True
+    )
+    return group
+
+
+def two_levels(group: CPGroup, degree: int | None) -> TwoLevels:
+    """Inner groups of consecutive ranks, outer groups across them; nothing is made, messages go through the group.
+
+    Args:
+        group: a resolved group.
+        degree: ranks A of an inner group; None takes the mesh's, or the smallest divisor of the size that is at least
+            its square root: 2 of 4, 4 of 8, 4 of 16.
+
+    Raises:
+        InvalidValueError: a degree that does not divide the group, or is not the mesh's.
+    """
+    of_mesh = _degrees.get(group.source) if isinstance(group.source, dist.ProcessGroup) else None
+    if of_mesh is not None and degree not in (None, of_mesh):
+        raise InvalidValueError(
+            "ulysses_degree is not the size of the mesh's inner dim",
+            got=f"{degree} and {of_mesh}",
+            fix="leave CPConfig.ulysses_degree None with a 2-D mesh",
+        )
+    divisors = [number for number in range(1, group.size + 1) if group.size % number == 0]
+    if degree is None:
+        degree = of_mesh or next(number for number in divisors if number * number >= group.size)
+    if degree not in divisors:
+        raise InvalidValueError(
+            "ulysses_degree must divide the context-parallel group",
+            got=f"{degree} for {group.size} ranks",
+            fix=f"CPConfig.ulysses_degree may be {', '.join(map(str, divisors))}",
+        )
+    p, a = divmod(group.rank, degree)
+    inner, outer = range(p * degree, (p + 1) * degree), range(a, group.size, degree)
+    return TwoLevels(
+        CPGroup(len(outer), p, sub_group_name(group.name, outer), None),
+        CPGroup(degree, a, sub_group_name(group.name, inner), None),
+    )
 
 
 def _not_a_member() -> InvalidValueError:

@@ -1,27 +1,36 @@
-"""The plan: layout x mask -> tasks. Integer tables, the same on every rank, no communication, no tensors on a device.
+"""The plan: layout x mask -> the tasks of a rank, and what has to travel for them.
 
-Cutting a band by the spans of a query rank and a key rank gives tasks, each a band in local rows: query row ``i`` and
-key row ``j`` of a task see each other where ``lo <= j - i <= hi``. This is the same for every layout, so that one
-attention loop and one kernel interface serve all of them.
+Integer tables, the same on every rank, no communication, no tensors on a device. Everything a rank sends follows from
+the layouts and the mask, so that both ends of a message compute it alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cphandler.errors import UnsupportedError
-from cphandler.intervals import UNBOUNDED, Flags, Table, frozen, overlaps, table
-from cphandler.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout
-from cphandler.mask import HI, K0, K1, LO, Q0, Q1, tightened
+from cphandler.intervals import Flags, Table, frozen, offsets_of, table
+from cphandler.layout import Layout
+from cphandler.matching import matchings
+from cphandler.tasks import NK, OWNER, K, Q, coalesced, cut, visibility
 
-OWNER, Q, NQ, K, NK, TASK_LO, TASK_HI = range(7)
-"""Columns of a task table: the rank that owns the keys, query rows ``[q, q + nq)`` of this rank, key rows
-``[k, k + nk)`` of the owner, and the bounds on ``j - i``, counted from the first row of each."""
+TO, FROM = range(2)
+"""Columns of :attr:`Plan.stages`."""
+
+STAGE, START, LENGTH = range(3)
+"""Columns of :attr:`Plan.sends` and :attr:`Plan.receives`."""
+
+_COLUMNS = {"tasks": 7, "hops": 2, "stages": 2, "sends": 3, "receives": 3}
+"""Tables of a plan and their widths, in the order in which they are packed."""
+
+
+def _empty(columns: int) -> Table:
+    return table([], columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,41 +40,62 @@ class Plan:
     Attributes:
         cp_size: ranks P.
         rank: the rank that runs the tasks.
-        tasks: ``[n, 7]`` in the order they run: this rank's own keys first, then the owners backwards round the ring.
+        tasks: ``[n, 7]`` in the order they run, own keys first: see :mod:`cphandler.tasks`. Where rows are sent
+            directly, the key rows of other owners count in the compact block that arrives.
         hops: ``[P, 2]`` for a ring, per owner the first and the last step at which a rank needs its block; both 0 where
-            nobody does. Rank ``owner + s`` holds the block at step s. Empty for exchanges other than a ring.
+            nobody does. Rank ``owner + s`` holds the block at step s.
+        stages: ``[n, 2]`` for direct sends, per stage the rank this one sends to and the one it receives from, -1 for
+            none. A stage is a matching: each rank sends at most one message and receives at most one.
+        sends: ``[m, 3]`` runs ``(stage, start, length)`` of this rank's rows, in the order they are sent.
+        receives: ``[m, 3]`` runs of the sender's rows, in the order they arrive.
     """
 
     cp_size: int
     rank: int
     tasks: Table
-    hops: Table = field(default_factory=lambda: table([], 2))
+    hops: Table = field(default_factory=partial(_empty, 2))
+    stages: Table = field(default_factory=partial(_empty, 2))
+    sends: Table = field(default_factory=partial(_empty, 3))
+    receives: Table = field(default_factory=partial(_empty, 3))
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", frozen(self.tasks))
-        object.__setattr__(self, "hops", frozen(self.hops))
+        for name in _COLUMNS:
+            object.__setattr__(self, name, frozen(getattr(self, name)))
 
     def tasks_of(self, owner: int) -> Table:
         """The tasks whose keys live on ``owner``, in the order they run."""
         tasks: Table = self.tasks[self.tasks[:, OWNER] == owner]
         return tasks
 
+    def runs(self, stage: int, *, sent: bool) -> Table:
+        """``[n, 2]`` runs ``(start, length)`` of rows that this rank sends, or receives, in a stage."""
+        runs = self.sends if sent else self.receives
+        chosen: Table = runs[runs[:, STAGE] == stage][:, [START, LENGTH]]
+        return chosen
+
     def to_tensor(self) -> Tensor:
         """One int64 tensor that carries the plan through an operator's signature (and a data loader's queue)."""
-        header = np.array([self.cp_size, self.rank, len(self.tasks), len(self.hops)], dtype=np.int64)
+        tables = [getattr(self, name) for name in _COLUMNS]
+        header = np.array([self.cp_size, self.rank, *map(len, tables)], dtype=np.int64)
         with torch.inference_mode(mode=False):  # scored first, the same batch may train later
-            return torch.from_numpy(np.concatenate([header, self.tasks.reshape(-1), self.hops.reshape(-1)]))
+            return torch.from_numpy(np.concatenate([header, *(part.reshape(-1) for part in tables)]))
 
     @classmethod
     def from_tensor(cls, packed: Tensor) -> Plan:
         """The plan that :meth:`to_tensor` packed; its tables share the tensor's memory."""
         values = packed.numpy()
-        cp_size, rank, tasks, hops = (int(value) for value in values[:4])
-        end = 4 + 7 * tasks
-        return cls(cp_size, rank, values[4:end].reshape(tasks, 7), values[end : end + 2 * hops].reshape(hops, 2))
+        header = 2 + len(_COLUMNS)
+        cp_size, rank, *rows = (int(value) for value in values[:header])
+        tables, start = [], header
+        for count, columns in zip(rows, _COLUMNS.values(), strict=True):
+            tables.append(values[start : start + count * columns].reshape(count, columns))
+            start += count * columns
+        return cls(cp_size, rank, *tables)
 
 
-def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: bool = False) -> Plan:
+def make_plan(
+    bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: bool = False, direct: bool = False
+) -> Plan:
     """Cut bands into the tasks of one rank.
 
     Args:
@@ -74,6 +104,7 @@ def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: b
         keys: layout of the key stream, over the same ranks or over one.
         rank: the rank whose tasks are wanted.
         ring: also work out how far each block must travel round a ring.
+        direct: also work out which rows each rank sends to which, and when.
 
     Raises:
         UnsupportedError: spans of several strides; on every rank alike, whether its own are among them or not.
@@ -85,214 +116,18 @@ def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: b
             got=f"strides {', '.join(map(str, sorted(strides)))}",
             fix="use one layout for both streams, of stride 1 such as zigzag, or striped",
         )
-    tasks = _coalesced(_tasks(bands, queries, keys, rank))
-    step = (rank - tasks[:, OWNER]) % keys.cp_size
-    tasks = tasks[np.lexsort((tasks[:, K], tasks[:, Q], step))]
-    hops = _hops(visibility(bands, queries, keys)) if ring else table([], 2)
-    return Plan(queries.cp_size, rank, tasks, hops)
+    tasks, _ = cut(bands, queries, keys, [rank])
+    if direct:
+        return _direct_plan(bands, queries, keys, rank, tasks)
+    step = (rank - np.arange(keys.cp_size)) % keys.cp_size
+    hops = _hops(visibility(bands, queries, keys)) if ring else _empty(2)
+    return Plan(queries.cp_size, rank, _ordered(coalesced(tasks), step), hops)
 
 
-def _ceil_div(a: Table, b: Table) -> Table:
-    return -(-a // b)
-
-
-def _cut(starts: Table, stops: Table, spans: Table) -> tuple[Table, Table, Table, Table]:
-    """Where intervals meet spans: ``(interval, span, first, stop)``, the last two indices inside the span."""
-    ends = spans[:, START] + (spans[:, LENGTH] - 1) * spans[:, STRIDE] + 1
-    interval, span = overlaps(starts, stops, spans[:, START], ends)
-    start, stride = spans[span, START], spans[span, STRIDE]
-    first = np.maximum(_ceil_div(starts[interval] - start, stride), 0)
-    stop = np.minimum(_ceil_div(stops[interval] - start, stride), spans[span, LENGTH])
-    keep = first < stop
-    return interval[keep], span[keep], first[keep], stop[keep]
-
-
-class _Pieces(NamedTuple):
-    """Bands cut by query spans: each band tightened to its rows, and the rows ``[first, stop)`` of their span."""
-
-    bands: Table
-    spans: Table
-    first: Table
-    stop: Table
-
-
-def _query_pieces(bands: Table, queries: Table) -> _Pieces:
-    band, span, first, stop = _cut(bands[:, Q0], bands[:, Q1], queries)
-    start, stride = queries[span, START], queries[span, STRIDE]
-    pieces = bands[band]
-    pieces[:, Q0] = start + first * stride
-    pieces[:, Q1] = start + (stop - 1) * stride + 1
-    pieces[:, K0] = np.maximum(pieces[:, K0], pieces[:, Q0] + pieces[:, LO])
-    pieces[:, K1] = np.minimum(pieces[:, K1], pieces[:, Q1] + pieces[:, HI])
-    return _Pieces(pieces, queries[span], first, stop)
-
-
-def _tasks(bands: Table, queries: Layout, keys: Layout, rank: int) -> Table:
-    """All tasks of a rank, uncoalesced, in no particular order."""
-    bands = tightened(bands)
-    parts = [table([], 7)]
-    for query_spans in queries.tables([rank]):
-        pieces = _query_pieces(bands, query_spans)
-        parts += [_local_tasks(pieces, key_spans)[0] for key_spans in keys.tables()]
-    return np.concatenate(parts)
-
-
-def _local_tasks(pieces: _Pieces, key_spans: Table) -> tuple[Table, Table]:
-    """Pieces cut by key spans, in local rows, and the rank that runs each.
-
-    The bounds are converted by stride and offset here, once; then rows that see nothing are trimmed.
-    """
-    piece, span, k_first, k_stop = _cut(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
-    bands, q_spans, k_spans = pieces.bands[piece], pieces.spans[piece], key_spans[span]
-    q_first, nq, nk = pieces.first[piece], (pieces.stop - pieces.first)[piece], k_stop - k_first
-    stride = np.maximum(q_spans[:, STRIDE], k_spans[:, STRIDE])  # a span of one row says 1, and has any
-    offset = (k_spans[:, START] + k_first * k_spans[:, STRIDE]) - (q_spans[:, START] + q_first * q_spans[:, STRIDE])
-    local = np.stack([np.zeros_like(nq), nq, np.zeros_like(nk), nk, bands[:, LO], bands[:, HI]], axis=1)
-    bounded = bands[:, LO] > -UNBOUNDED
-    local[bounded, LO] = _ceil_div(bands[bounded, LO] - offset[bounded], stride[bounded])
-    bounded = bands[:, HI] < UNBOUNDED
-    local[bounded, HI] = (bands[bounded, HI] - offset[bounded]) // stride[bounded]
-    trimmed, kept = _trimmed(local)
-    shift = trimmed[:, K0] - trimmed[:, Q0]
-    nq, nk = trimmed[:, Q1] - trimmed[:, Q0], trimmed[:, K1] - trimmed[:, K0]
-    lo, hi = trimmed[:, LO] - shift, trimmed[:, HI] - shift
-    columns = [
-        k_spans[kept, RANK],
-        (q_spans[:, LOCAL] + q_first)[kept] + trimmed[:, Q0],
-        nq,
-        (k_spans[:, LOCAL] + k_first)[kept] + trimmed[:, K0],
-        nk,
-        np.where(lo <= 1 - nq, -UNBOUNDED, lo),
-        np.where(hi >= nk - 1, UNBOUNDED, hi),
-    ]
-    return np.stack(columns, axis=1), q_spans[kept, RANK]
-
-
-def _trimmed(local: Table) -> tuple[Table, Flags]:
-    """:func:`cphandler.mask.tightened`, and which rows it kept."""
-    numbered = tightened(np.concatenate([local, np.arange(len(local), dtype=np.int64)[:, None]], axis=1))
-    kept = np.zeros(len(local), dtype=bool)
-    kept[numbered[:, -1]] = True
-    return numbered[:, :-1], kept
-
-
-def _is_full(tasks: Table) -> Flags:
-    full: Flags = (tasks[:, TASK_LO] == -UNBOUNDED) & (tasks[:, TASK_HI] == UNBOUNDED)
-    return full
-
-
-def _coalesced(tasks: Table) -> Table:
-    """Fewer, larger tasks over the same pairs: neighbours that one band describes become one task."""
-    tasks = _joined_rows(tasks, Q, NQ, K, NK)
-    tasks = _joined_rows(tasks, K, NK, Q, NQ)
-    tasks = _joined_prefix(tasks)
-    return _joined_diagonal(tasks)
-
-
-def _joined_rows(tasks: Table, start: int, length: int, other: int, other_length: int) -> Table:
-    """Join full tasks that touch along one side and have the same rows on the other."""
-    full = _is_full(tasks)
-    rest, tasks = tasks[~full], tasks[full]
-    tasks = tasks[np.lexsort((tasks[:, start], tasks[:, other_length], tasks[:, other], tasks[:, OWNER]))]
-    same = (tasks[1:, [OWNER, other, other_length]] == tasks[:-1, [OWNER, other, other_length]]).all(axis=1)
-    touches = tasks[1:, start] == tasks[:-1, start] + tasks[:-1, length]
-    first = np.flatnonzero(np.append(True, ~(same & touches))[: len(tasks)])
-    joined = tasks[first].copy()
-    if len(first):
-        joined[:, length] = np.add.reduceat(tasks[:, length], first)
-    return np.concatenate([rest, joined])
-
-
-def _joined_prefix(tasks: Table) -> Table:
-    """A full block of keys and, for the same query rows, a causal task over the keys after it are one causal task."""
-    tasks = tasks[np.lexsort((tasks[:, K], tasks[:, NQ], tasks[:, Q], tasks[:, OWNER]))]
-    before, after = tasks[:-1], tasks[1:]
-    joins = (
-        (before[:, [OWNER, Q, NQ]] == after[:, [OWNER, Q, NQ]]).all(axis=1)
-        & (before[:, K] + before[:, NK] == after[:, K])
-        & _is_full(before)
-        & (after[:, TASK_LO] == -UNBOUNDED)
-        & (after[:, TASK_HI] < UNBOUNDED)
-    )
-    right = np.flatnonzero(joins) + 1
-    joined = tasks[right].copy()
-    joined[:, K] = tasks[right - 1, K]
-    joined[:, NK] += tasks[right - 1, NK]
-    joined[:, TASK_HI] += tasks[right - 1, NK]
-    return np.concatenate([np.delete(tasks, np.concatenate([right, right - 1]), axis=0), joined])
-
-
-def _joined_diagonal(tasks: Table) -> Table:
-    """Causal tasks that continue one diagonal over neighbouring query rows are one causal task.
-
-    This is what a rank's own chunks of a document are: local order keeps global order, so the block on the diagonal is
-    plainly causal in local rows.
-    """
-    tasks = tasks[np.lexsort((tasks[:, Q], tasks[:, K], tasks[:, OWNER]))]
-    before, after = tasks[:-1], tasks[1:]
-    joins = (
-        (before[:, [OWNER, K]] == after[:, [OWNER, K]]).all(axis=1)
-        & (before[:, Q] + before[:, NQ] == after[:, Q])
-        & (before[:, TASK_LO] == -UNBOUNDED)
-        & (after[:, TASK_LO] == -UNBOUNDED)
-        & (before[:, TASK_HI] < UNBOUNDED)
-        & (after[:, TASK_HI] == before[:, TASK_HI] + before[:, NQ])
-        & (before[:, NK] == np.minimum(after[:, NK], before[:, NQ] + before[:, TASK_HI]))
-    )
-    first = np.flatnonzero(~np.append(False, joins)[: len(tasks)])
-    joined: Table = tasks[first].copy()
-    if len(first):
-        joined[:, NQ] = np.add.reduceat(tasks[:, NQ], first)
-        joined[:, NK] = np.maximum.reduceat(tasks[:, NK], first)
-    return joined
-
-
-def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
-    """``[P_q, P_k]``: whether rank r's queries see any key of owner o.
-
-    Looks at bands by the hundreds and stops when everybody sees everybody, as soon happens for most batches.
-    """
-    bands = tightened(bands)
-    result = np.zeros((queries.cp_size, keys.cp_size), dtype=bool)
-    query_tables, key_tables = list(queries.tables()), list(keys.tables())
-    strided = any((spans[:, STRIDE] != 1).any() for spans in [*query_tables, *key_tables])
-    for some in range(0, len(bands), 256):
-        for query_spans in query_tables:
-            pieces = _query_pieces(bands[some : some + 256], query_spans)
-            for key_spans in key_tables:
-                if strided:
-                    tasks, ranks = _local_tasks(pieces, key_spans)
-                    result[ranks, tasks[:, OWNER]] = True
-                else:
-                    _mark_owners(result, pieces, key_spans)
-        if result.all():
-            break
-    return result
-
-
-def _mark_owners(result: Flags, pieces: _Pieces, key_spans: Table) -> None:
-    """Mark the owners of the spans that each piece's key interval meets, without listing the pairs.
-
-    At stride 1 every key of a tightened piece is seen, so a piece marks one run of the ascending spans; runs are summed
-    by counting, per rank, where they open and close.
-    """
-    if not len(pieces.bands):
-        return
-    lowest, highest = pieces.bands[:, K0].min(), pieces.bands[:, K1].max()
-    near = (key_spans[:, START] < highest) & (key_spans[:, START] + key_spans[:, LENGTH] > lowest)
-    key_spans = key_spans[near]
-    opens = np.searchsorted(key_spans[:, START] + key_spans[:, LENGTH], pieces.bands[:, K0], side="right")
-    closes = np.searchsorted(key_spans[:, START], pieces.bands[:, K1], side="left")
-    some = (pieces.bands[:, K1] > pieces.bands[:, K0]) & (closes > opens)
-    width = len(key_spans) + 1
-    row = pieces.spans[some, RANK] * width
-    change = np.bincount(row + opens[some], minlength=len(result) * width)
-    change -= np.bincount(row + closes[some], minlength=len(result) * width)
-    seen = np.cumsum(change.reshape(len(result), width), axis=1)[:, :-1] > 0
-    order = np.argsort(key_spans[:, RANK], kind="stable")
-    owners, first = np.unique(key_spans[order, RANK], return_index=True)
-    if len(owners):
-        result[:, owners] |= np.logical_or.reduceat(seen[:, order], first, axis=1)
+def _ordered(tasks: Table, turn: Table) -> Table:
+    """Tasks by the turn of their owner, then by query and key rows."""
+    ordered: Table = tasks[np.lexsort((tasks[:, K], tasks[:, Q], turn[tasks[:, OWNER]]))]
+    return ordered
 
 
 def _hops(sees: Flags) -> Table:
@@ -303,3 +138,56 @@ def _hops(sees: Flags) -> Table:
     last = np.where(needed, step, 0).max(axis=0, initial=0)
     first = np.where(needed, step, size).min(axis=0, initial=size)
     return np.stack([np.where(last > 0, first, 0), last], axis=1).astype(np.int64)
+
+
+def _direct_plan(bands: Table, queries: Layout, keys: Layout, rank: int, tasks: Table) -> Plan:
+    """The plan in which every needed row goes straight from its owner to the rank that needs it."""
+    stage_of = matchings(visibility(bands, queries, keys))
+    number = int(stage_of.max(initial=-1)) + 1
+    stages = np.full((number, 2), -1, dtype=np.int64)
+    for column, row in ((TO, stage_of[:, rank]), (FROM, stage_of[rank])):
+        peers = np.flatnonzero(row >= 0)
+        stages[row[peers], column] = peers
+    theirs, ranks = cut(bands, queries, keys, key_ranks=[rank])
+    sends = _union(stage_of[ranks, rank], theirs)
+    receives = _union(stage_of[rank][tasks[:, OWNER]], tasks)
+    turn = stage_of[rank].copy()  # own keys are at -1, before every stage
+    return Plan(
+        queries.cp_size,
+        rank,
+        _compacted(_ordered(coalesced(tasks), turn), turn, receives),
+        stages=stages,
+        sends=sends,
+        receives=receives,
+    )
+
+
+def _union(stages: Table, tasks: Table) -> Table:
+    """Runs ``(stage, start, length)`` of the key rows of tasks, stage by stage; what stays on the rank is left out."""
+    rows = np.stack([stages, tasks[:, K], tasks[:, K] + tasks[:, NK]], axis=1)[stages >= 0]
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    if not len(rows):
+        return _empty(3)
+    room = int(rows[:, 2].max()) + 1  # stages laid end to end, so that one running maximum serves all
+    starts, stops = rows[:, 0] * room + rows[:, 1], np.maximum.accumulate(rows[:, 0] * room + rows[:, 2])
+    first = np.flatnonzero(np.append(True, starts[1:] > stops[:-1]))
+    last = np.append(first[1:], len(rows)) - 1
+    runs: Table = np.stack([rows[first, 0], rows[first, 1], stops[last] - starts[first]], axis=1)
+    return runs
+
+
+def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:
+    """Tasks over other owners' keys, with key rows counted in the block that holds the received runs end to end."""
+    stage = turn[tasks[:, OWNER]]
+    remote = np.flatnonzero(stage >= 0)
+    if not len(remote):
+        return tasks
+    room = int(max(receives[:, START].max(), tasks[:, K].max())) + 1
+    run = np.searchsorted(
+        receives[:, STAGE] * room + receives[:, START], stage[remote] * room + tasks[remote, K], "right"
+    )
+    before = offsets_of(receives[:, LENGTH])[:-1]
+    block = before[np.searchsorted(receives[:, STAGE], receives[:, STAGE], "left")]  # rows of the stages before
+    result: Table = tasks.copy()
+    result[remote, K] += (before - block - receives[:, START])[run - 1]
+    return result

@@ -12,7 +12,6 @@ from itertools import chain, pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cphandler import comm
@@ -107,6 +106,34 @@ def gather_heads_scatter_seq(
     return result[0]
 
 
+def slice_heads(
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], rank: int, group_name: str
+) -> list[Tensor]:
+    """This rank's heads of tensors that every rank holds whole, where all ranks go on to one and the same loss.
+
+    Args:
+        tensors: ``[B, S, N_i, D_i]`` each, one dtype, the same on every rank.
+        ranges: per tensor, per rank, the heads ``[first, stop)``.
+        rank: this rank.
+        group_name: the group that shares the heads.
+
+    Returns:
+        ``[B, S, n_i, D_i]`` each. The backward pass gathers the gradients of all heads on every rank, and adds, in rank
+        order, those of heads that several ranks took.
+    """
+    result: list[Tensor] = _slice(list(tensors), _flat(ranges), rank, group_name)
+    return result
+
+
+def gather_heads(x: Tensor, ranges: Sequence[tuple[int, int]], group_name: str) -> Tensor:
+    """All heads on every rank, from each rank's own: ``[B, S, n, D]`` to ``[B, S, N, D]``.
+
+    The backward pass is this rank's slice: right where every rank computes the same loss.
+    """
+    result: list[Tensor] = _unslice([x], _flat([ranges]), group_name)
+    return result[0]
+
+
 def _flat(ranges: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
     return [bound for per_rank in ranges for pair in per_rank for bound in pair]
 
@@ -138,7 +165,7 @@ def _to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
-    size, rank, rows = len(heads[0]), dist.get_rank(comm.process_group(group_name)), tensors[0].shape[1]
+    size, rank, rows = len(heads[0]), comm.members(group_name).rank, tensors[0].shape[1]
     shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
     counts = [_elements(shape) for shape in shapes]
     sent = tensors[0].new_empty(sum(counts))
@@ -161,7 +188,7 @@ def _to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
-    size, rank = len(heads[0]), dist.get_rank(comm.process_group(group_name))
+    size, rank = len(heads[0]), comm.members(group_name).rank
     rows = len(tokens) // size
     shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
     counts = [_elements(shape) for shape in shapes]
@@ -202,7 +229,7 @@ def _assembled(x: Tensor, parts: list[Tensor], heads: list[tuple[int, int]]) -> 
 def _fake_to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
-    rank = dist.get_rank(comm.process_group(group_name))
+    rank = comm.members(group_name).rank
     shapes = _shapes(tensors, _unflat(ranges, len(tensors)), rank, places.shape[0])
     return [x.new_empty(shape).transpose(0, 1) for x, shape in zip(tensors, shapes, strict=True)]
 
@@ -245,3 +272,60 @@ def _to_tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 _to_heads.register_autograd(_to_heads_backward, setup_context=_save)
 _to_tokens.register_autograd(_to_tokens_backward, setup_context=_save)
+
+
+@torch.library.custom_op("cphandler::slice_heads", mutates_args=())
+def _slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    return [x[:, :, slice(*h[rank])].clone() for x, h in zip(tensors, heads, strict=True)]
+
+
+@torch.library.custom_op("cphandler::unslice_heads", mutates_args=())
+def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
+    """Every rank's heads side by side; what several hold is added in rank order."""
+    heads = _unflat(ranges, len(tensors))
+    size, rank = len(heads[0]), comm.members(group_name).rank
+    shapes = [
+        [shape for x, h in zip(tensors, heads, strict=True) for shape in _shapes([x], [h], peer, x.shape[1])]
+        for peer in range(size)
+    ]
+    counts = [_elements(shape) for shape in shapes]
+    mine = torch.cat([x.transpose(0, 1).reshape(-1) for x in tensors])
+    received = comm.all_to_all(mine.repeat(size), [counts[rank]] * size, counts, group_name).split(counts)
+    arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
+    return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]
+
+
+@_slice.register_fake
+def _fake_slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    return [
+        x.new_empty((*x.shape[:2], h[rank][1] - h[rank][0], x.shape[-1])) for x, h in zip(tensors, heads, strict=True)
+    ]
+
+
+@_unslice.register_fake
+def _fake_unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    return [x.new_empty((*x.shape[:2], h[-1][1], x.shape[-1])) for x, h in zip(tensors, heads, strict=True)]
+
+
+def _save_slice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.ranges, ctx.rank, ctx.group_name = inputs
+
+
+def _save_unslice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.ranges, ctx.group_name = inputs
+
+
+def _slice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    return _unslice(list(grads), ctx.ranges, ctx.group_name), None, None, None
+
+
+def _unslice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    rank = comm.members(ctx.group_name).rank
+    return _slice(list(grads), ctx.ranges, rank, ctx.group_name), None, None
+
+
+_slice.register_autograd(_slice_backward, setup_context=_save_slice)
+_unslice.register_autograd(_unslice_backward, setup_context=_save_unslice)

@@ -183,6 +183,13 @@ class Documents:
         np.add.at(lengths, document, self.runs[:, 1] - self.runs[:, 0])
         return offsets_of(lengths)
 
+    @cached_property
+    def valid_ends(self) -> Table:
+        """``[D]`` one past the last real token of each document; the document's start where it has none."""
+        ends: Table = self.offsets[:-1].copy()
+        np.maximum.at(ends, self.document_of(self.runs[:, 0]), self.runs[:, 1])
+        return ends
+
     @property
     def has_padding(self) -> bool:
         """True where some physical token is not a real one."""

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from cphandler.intervals import Flags, Table, overlaps
 from cphandler.layout import LENGTH, LOCAL, START, STRIDE, Layout
-from cphandler.mask import Mask, restrict, stack
-from cphandler.plan import Plan, make_plan
+from cphandler.mask import Mask, PerDocument, restrict
 from cphandler.reshard import SequenceOrder
 from cphandler.sequence import Documents
 
@@ -54,7 +53,6 @@ class Stream:
         self.rank = rank
         self.padded_rows = padded_rows
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
-        self._bands: dict[Mask, Table] = {}
         self._orders: dict[torch.device, SequenceOrder] = {}
 
     @property
@@ -141,20 +139,37 @@ class Stream:
             self._orders[device] = SequenceOrder(device_copy(places, device), device_copy(everyone, device), identity)
         return self._orders[device]
 
-    def plan(self, mask: Mask, layout: Layout | None = None, *, ring: bool = False) -> Plan:
-        """The tasks of this rank under a mask, for this stream's layout or for another over the same tokens."""
-        layout = self.layout if layout is None else layout
-        rank = self.rank if layout.cp_size > 1 else 0
-        stacked = layout.stack(self.copies)
-        bands = restrict(stack(self.bands(mask), self.copies, self.layout.num_tokens), self.validity.runs)
-        return make_plan(bands, stacked, stacked, rank, ring=ring)
+
+class StreamPair:
+    """Who attends to whom: a query stream and a key stream, the same one twice in self attention.
+
+    Args:
+        queries: the query stream.
+        keys: the key stream; as many rows of the batch as the query stream.
+    """
+
+    def __init__(self, queries: Stream, keys: Stream) -> None:
+        self.queries = queries
+        self.keys = keys
+        self._bands: dict[Mask, Table] = {}
 
     def bands(self, mask: Mask) -> Table:
-        """A mask's bands over these documents, cached.
+        """A mask's bands over one row of the batch, cached.
 
         Raises:
-            InvalidValueError: a mask that does not fit them.
+            InvalidValueError: a mask that does not fit the documents.
+            UnsupportedError: a mask that has no meaning across two streams.
         """
         if mask not in self._bands:
-            self._bands[mask] = mask.bands(self.documents.offsets)
+            self._bands[mask] = mask.bands(self.queries.documents, self.keys.documents)
         return self._bands[mask]
+
+    def visible_bands(self, mask: Mask) -> Table:
+        """A mask's bands over all rows of the batch laid end to end, cut to real tokens.
+
+        With a key-padding mask each row is asked about on its own: where a diagonal lies may depend on its padding.
+        """
+        queries, keys = self.queries.validity, self.keys.validity
+        padded = self.keys.padded_rows is not None
+        bands = PerDocument((mask,) * keys.num_documents).bands(queries, keys) if padded else self.bands(mask)
+        return restrict(bands, queries.runs, keys.runs)

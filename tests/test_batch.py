@@ -17,7 +17,7 @@ from cphandler import (
     unpack_documents,
 )
 from cphandler.testing import RankPool
-from tests.laws import Case, group_of
+from cphandler.testing.cases import Case, group_of
 
 DOCUMENTS = [torch.arange(1, 1 + n) + 100 * i for i, n in enumerate([5, 1, 0, 7])]
 

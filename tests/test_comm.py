@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler import Causal, record_traffic
-from cphandler.attention import attention
+from cphandler.attention import Terms, attention
 from cphandler.comm import all_gather, all_to_all, exchange_rows, post, reduce_scatter, ring_shift
 from cphandler.layout import make_layout
 from cphandler.plan import make_plan
@@ -151,13 +151,13 @@ def compiled_case() -> None:
         return graph.forward
 
     def model(q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
-        return attention(q * 2, k, v, plan, scale=0.5, kernel="torch", exchange="ring", group_name=name)[0] * 3
+        return attention(q * 2, k, v, plan, Terms(0.5, "torch", "ring", name))[0] * 3
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for lengths in ([12, 4], [7, 9]):
         documents = Documents.from_cu_seqlens([0, lengths[0], 16])
         layout = make_layout("zigzag", documents.offsets, 2)
-        plan = make_plan(Causal().bands(documents.offsets), layout, layout, rank, ring=True).to_tensor()
+        plan = make_plan(Causal().bands(documents, documents), layout, layout, rank, ring=True).to_tensor()
         torch._dynamo.mark_dynamic(plan, 0)
         q, k, v = (torch.randn(1, 8, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
         grad = torch.randn(1, 8, 4, 8, dtype=torch.float64)
@@ -189,6 +189,14 @@ def test_operators_satisfy_torchs_own_checks() -> None:
     """Schema, fake tensors and autograd registration, on one rank."""
     documents = Documents.from_cu_seqlens([0, 5, 9])
     one = make_layout("contiguous", documents.offsets, 1)
-    plan = make_plan(Causal().bands(documents.offsets), one, one, 0).to_tensor()
+    plan = make_plan(Causal().bands(documents, documents), one, one, 0).to_tensor()
     q, k, v = (torch.randn(1, 9, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
-    torch.library.opcheck(torch.ops.cphandler.attention_forward.default, (q, k, v, plan, 0.4, "torch", "none", ""))
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    places, ids = torch.arange(9), torch.arange(9)
+    terms = Terms(0.4, "reference", softcap=5.0, dropout_p=0.3, dropout_seed=4, tokens=(9, 9)).packed()
+    inputs = (q, k, v, sinks, plan, places, ids, ids[None], *terms)
+    torch.library.opcheck(torch.ops.cphandler.attention_forward.default, inputs)
+    plain = (q, k, v, None, plan, None, None, None, *Terms(0.4, "torch").packed())
+    torch.library.opcheck(torch.ops.cphandler.attention_forward.default, plain)
+    largest = (q.detach(), k.detach(), plan, None, *terms)
+    torch.library.opcheck(torch.ops.cphandler.largest_scores.default, largest)

@@ -88,12 +88,12 @@ def different_in(what: str) -> str:
 
 
 EXPECTED = {
-    "mask": "mask: rank 0 and 2 and 3 has Causal() #",
+    "mask": "mask: rank 0 and 2 and 3 has Causal(align=None) #",
     "layout": "rank 1 has contiguous",
     "config": "'kernel': 'reference'",
     "call": "rank 1 has core_attn (float64",
     "order": "rank 1 has combine",
-    "option": "reference, scale 0.353553, lse), Causal()",
+    "option": "reference, scale 0.353553, return_lse), Causal(align=None)",
     "mask of a call": "Full()",
     "after get_batch": "rank 1 has core_attn (float32 [1, 4, 1, 8]",
     "dtype of combine": "rank 1 has combine dim 0 of int32 [4, 2, 8]",
@@ -139,8 +139,8 @@ def test_a_refusal_of_one_rank_reaches_the_others(ranks: RankPool, method: str) 
 class Reversed(Mask):
     """A caller's mask without a readable name."""
 
-    def bands(self, offsets: Any) -> Any:
-        return Full().bands(offsets)
+    def bands(self, queries: Any, keys: Any) -> Any:
+        return Full().bands(queries, keys)
 
 
 def own_mask() -> str:

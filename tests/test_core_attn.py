@@ -12,16 +12,8 @@ from cphandler import Layout
 from cphandler.mask import Bands, Causal, Full, SlidingWindow
 from cphandler.sequence import Documents
 from cphandler.testing import RankPool, assert_close, dense_attention, visible_pairs
-from tests.laws import (
-    Batch,
-    Case,
-    check_all,
-    check_attention,
-    check_gradients_of_movement,
-    check_roll,
-    group_of,
-    make_handler,
-)
+from cphandler.testing.cases import Batch, Case, group_of, make_handler
+from cphandler.testing.laws import check_all, check_attention, check_gradients_of_movement, check_roll
 
 MASKS = (Causal(), Full(), SlidingWindow(3), SlidingWindow(4, 2))
 PACKED = (
@@ -42,14 +34,15 @@ DENSE = (
     Batch(real=("xxxxxxxxx", "xxxxx....", "....xxxxx", "xx..xx.xx", ".........")),
 )
 BACKENDS = {"ulysses": ("contiguous", "zigzag", "striped"), "ring": ("zigzag", "contiguous", "striped")}
-BACKENDS["all_gather"] = BACKENDS["ring"]
+BACKENDS["p2p"] = BACKENDS["all_gather"] = BACKENDS["ring"]
+BACKENDS["usp"] = ("zigzag", "contiguous")
 SERVED = [(backend, layout) for backend, layouts in BACKENDS.items() for layout in layouts]
 
 
 def cases(**fixed: object) -> list[Case]:
     batches = PACKED if fixed["qkv_format"] == "thd" else DENSE
     made = [Case(**fixed, mask=mask, batch=batch) for mask in MASKS for batch in batches]  # type: ignore[arg-type]
-    if fixed["cp_size"] == 3 and fixed["backend"] == "ulysses":
+    if fixed["cp_size"] == 3 and fixed["backend"] in ("ulysses", "usp"):
         made = [Case(**{**vars(case), "heads": (6, 2)}) for case in made]
     return made
 
@@ -77,22 +70,7 @@ def test_local_backend(ranks: RankPool, qkv_format: str) -> None:
     ranks.run(check_all, made + [Case(**{**vars(case), "kernel": "reference"}) for case in made])
 
 
-HEADS = [(8, 8), (8, 2), (8, 1), (12, 6), (12, 4), (28, 4), (7, 7)]
-
-
-@pytest.mark.parametrize("cp_size", [2, 3, 4])
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_head_counts(ranks: RankPool, heads: tuple[int, int], cp_size: int) -> None:
-    backends = ["ring", "all_gather"] + (["ulysses"] if heads[0] % cp_size == 0 else [])
-    made = [
-        Case(backend=b, cp_size=cp_size, heads=heads, batch=Batch((17, 6)), lse=lse)
-        for b in backends
-        for lse in (False, True)
-    ]
-    ranks.run(check_all, made)
-
-
-@pytest.mark.parametrize("backend", ["ring", "all_gather", "ulysses"])
+@pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
     batch = Batch((130, 61, 9))
@@ -115,7 +93,7 @@ def custom_layouts(seed: int) -> None:
                 layout = random_pieces(rng, rows, cp_size) if kind == "pieces" else random_stripes(rng, rows, cp_size)
                 cuts = sorted({0, rows, *rng.integers(0, rows, 3).tolist()})
                 lengths = tuple(np.diff(cuts).tolist())
-                for backend in ("ring", "all_gather", "ulysses"):
+                for backend in ("ring", "p2p", "all_gather", "ulysses", *(["usp"] if kind == "pieces" else [])):
                     mask = MASKS[int(rng.integers(len(MASKS)))]
                     case = Case(backend, cp_size, layout=layout, mask=mask, batch=Batch(lengths))
                     check_attention(case)
@@ -160,6 +138,29 @@ def test_user_bands(ranks: RankPool) -> None:
         Case(backend=backend, cp_size=cp_size, mask=mask, batch=Batch((12, 8)), layout=layout)
         for backend, layout in SERVED
         for cp_size in (2, 4)
+    ]
+    ranks.run(check_all, made)
+
+
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+def test_more_ranks_than_tokens_and_ranks_that_hold_nothing(ranks: RankPool, cp_size: int) -> None:
+    """Documents of length 0 and 1, whole documents on one rank, rows that see nothing: right, and no hang."""
+    heads = (6, 3) if cp_size == 3 else (4, 2)
+    nothing = Bands([(0, 2, 3, 4, 0, 9)])
+    made = [
+        Case(
+            backend, cp_size, layout=layout, mask=mask, batch=Batch(lengths), heads=heads, sinks=sinks, max_logit=sinks
+        )
+        for backend, layout in SERVED
+        for mask, lengths in (
+            (Causal(), (1,)),
+            (Full(), (0, 1, 0, 1)),
+            (Full(), (0,)),
+            (nothing, (4,)),
+            (SlidingWindow(0), (3, 2)),
+            (Bands([]), (5,)),
+        )
+        for sinks in (False, True)
     ]
     ranks.run(check_all, made)
 

@@ -14,25 +14,45 @@ ROOT = Path(__file__).parent.parent
 LADDER: list[set[str]] = [
     # rung 0
     {"errors", "intervals"},
-    {"config", "sequence", "comm"},
-    {"layout", "mask", "mesh"},
+    {"config", "sequence", "comm", "matching", "kernels.task", "kernels.dropout"},
+    {"layout", "mask", "mesh", "metadata", "kernels.merge", "kernels.strips"},
     # rung 1
-    {"plan", "reshard", "rope", "kernels.kernel"},
-    {"exchange", "stream", "agreement", "kernels.strips", "kernels.blocks"},
+    {"tasks", "reshard", "rope", "kernels.kernel"},
+    {"plan", "stream", "agreement", "kernels.blocks"},
+    {"exchange", "site"},
     {"dispatch", "kernels.reference", "kernels.torch_cpu"},
     {"roll", "kernels.torch_cuda"},
     {"kernels.registry"},
     {"kernels"},
     # rung 2
-    {"core_attention", "attention"},
+    {"core_attention", "attention", "capabilities"},
     {"attention_call", "handler"},
+    {"rows_handler", "head_parallel"},
     {"layout_handler"},
     # rung 3
-    {"backends.local", "backends.ulysses", "backends.ring", "backends.all_gather", "factory", "batch", "loss"},
+    {
+        "backends.local",
+        "backends.ulysses",
+        "backends.ring",
+        "backends.p2p",
+        "backends.all_gather",
+        "backends.usp",
+        "backends.layered",
+        "factory",
+        "batch",
+        "loss",
+    },
     {"backends"},
     # the package's face, then rung 4
-    {"__init__"},
+    {"__init__", "support"},
+    {"cli"},
+    {"__main__"},
     {"testing.pool", "testing.reference", "testing.tolerance"},
+    {"testing.cases"},
+    {"testing.laws"},
+    {"testing.subject"},
+    {"testing.plugin"},
+    {"testing.test_conformance"},
     {"testing"},
     {"demo.model", "demo.corpus", "demo.training", "demo.report", "demo.app", "demo.__main__", "demo"},
 ]
@@ -98,9 +118,10 @@ def test_only_comm_calls_collectives() -> None:
     for name, path in modules().items():
         if name == "comm" or name.startswith(("testing", "demo")):
             continue
+        makes_groups = {"new_group", "get_backend_config", "group", "distributed_c10d"} if name == "mesh" else set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
-                assert node.attr in allowed, f"{name} uses dist.{node.attr}"
+                assert node.attr in allowed | makes_groups, f"{name} uses dist.{node.attr}"
 
 
 def test_files_are_nouns() -> None:
@@ -123,7 +144,8 @@ def test_functions_are_sentences() -> None:
 
 def test_adding_a_backend_costs_less_than_sixty_lines() -> None:
     for path in (ROOT / "backends").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 65, path.name
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        assert len(lines) < 60, path.name
 
 
 def test_the_link_and_the_guard_of_backends() -> None:
@@ -139,7 +161,7 @@ def test_the_link_and_the_guard_of_backends() -> None:
 def test_importing_is_cheap_and_needs_no_optional_package() -> None:
     """Time beyond torch's own import, best of three, and what was loaded."""
     program = (
-        "import time, sys, torch; t = time.process_time(); import cphandler; d = time.process_time() - t;"
+        "import time, sys, torch; t = time.process_time(); from cphandler import *; d = time.process_time() - t;"
         "optional = {'typer', 'rich', 'matplotlib', 'pytest', 'hypothesis', 'transformer_engine', 'flash_attn'};"
         "print(d, sorted(optional & set(sys.modules)))"
     )

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cphandler import CPConfig, UnsupportedError, get_cp_handler_cls
+from cphandler import CPConfig, InvalidTypeError, InvalidValueError, UnsupportedError, get_cp_handler_cls
 from cphandler.comm import accumulator_dtype
 from cphandler.intervals import UNBOUNDED
-from cphandler.kernels import Kernel, Task, available_kernels, get_kernel, merge, register_kernel, select_kernel
-from cphandler.kernels.kernel import Gradients, Saved
-from cphandler.kernels.strips import additive_mask, strips
+from cphandler.kernels import (
+    Dropout,
+    Kernel,
+    Softmax,
+    Task,
+    available_kernels,
+    get_kernel,
+    keep_mask,
+    merge_attention,
+    query_states,
+    register_kernel,
+    select_kernel,
+)
+from cphandler.kernels.kernel import COLUMNS, ROWS, Gradients, Saved
+from cphandler.kernels.merge import merge_into
+from cphandler.kernels.reference import ReferenceKernel
+from cphandler.kernels.strips import additive_mask, strips, tiles
 from cphandler.kernels.torch_cuda import TorchCudaKernel
 from cphandler.testing import assert_close
+
+PLAIN = Softmax(0.3)
+FULL = (-UNBOUNDED, UNBOUNDED)
 
 
 def task_between(q: int, nq: int, k: int, nk: int, lo: int, hi: int) -> Task | None:
@@ -37,37 +57,68 @@ def open_cells(task: Task, queries: int, keys: int) -> Tensor:
     return seen
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
     times = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(times, 2), v.repeat_interleave(times, 2)
-    scores = (torch.einsum("blnd,bmnd->blnm", q, k) * scale).masked_fill(~seen[:, None], float("-inf"))
+    scores = torch.einsum("blnd,bmnd->blnm", q, k) * softmax.scale
+    if softmax.softcap is not None:
+        scores = softmax.softcap * torch.tanh(scores / softmax.softcap)
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = torch.logsumexp(scores, -1)
-    return torch.einsum("blnm,bmnd->blnd", torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0), v), lse
+    weights = torch.exp(scores - lse.unsqueeze(-1)).nan_to_num(0.0)
+    if softmax.dropout is not None:
+        weights = weights * keep_mask(softmax.dropout).transpose(1, 2) / (1 - softmax.dropout.p)
+    return torch.einsum("blnm,bmnd->blnd", weights, v), lse
+
+
+def dropout_of(p: float, queries: int, keys: int, heads: int, *, batch: int = 2) -> Dropout:
+    """Dropout of rows in no particular order, as a layout deals them out."""
+    generator = torch.Generator().manual_seed(queries)
+    rows = torch.arange(batch)[:, None].expand(batch, queries)
+    positions = torch.randperm(queries, generator=generator)
+    states = query_states(7, 3, rows, positions, torch.arange(heads))
+    return Dropout(p, states, torch.randperm(keys, generator=generator))
 
 
 def check(
-    kernel: Kernel, task: Task, queries: int, keys: int, *, heads: tuple[int, int], dtype: torch.dtype, d: int = 16
+    kernel: Kernel,
+    task: Task,
+    queries: int,
+    keys: int,
+    *,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    d: int = 16,
+    d_v: int = 16,
+    softmax: Softmax = PLAIN,
+    with_lse: bool = True,
 ) -> None:
     generator = torch.Generator().manual_seed(task.nq * 1000 + task.nk)
     n, g = heads
-    shapes = [(2, queries, n, d), (2, keys, g, d), (2, keys, g, d), (2, queries, n, d), (2, queries, n)]
+    shapes = [(2, queries, n, d), (2, keys, g, d), (2, keys, g, d_v), (2, queries, n, d_v), (2, queries, n)]
     q, k, v, grad_out, grad_lse = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    grad_lse += (
+        grad_lse.sign()
+    )  # away from 0: it is all that is left of dq in a row with one key, where the rest cancels
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     seen = open_cells(task, queries, keys)
-    expected, expected_lse = dense(*leaves, seen, 0.3)
-    rows = slice(task.q, task.q + task.nq)
-    total = (expected * grad_out.double()).sum() + (expected_lse[:, rows] * grad_lse.double()[:, rows]).sum()
+    expected, expected_lse = dense(*leaves, seen, softmax)
+    total = (expected * grad_out.double()).sum()
+    if with_lse:
+        rows = slice(task.q, task.q + task.nq)
+        total = total + (expected_lse[:, rows] * grad_lse.double()[:, rows]).sum()
     wanted = torch.autograd.grad(total, leaves)
     accumulator = accumulator_dtype(dtype)
-    out = torch.zeros(q.shape, dtype=accumulator)
+    out = torch.zeros(grad_out.shape, dtype=accumulator)
     lse = torch.full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    kernel.forward(q, k, v, [task], 0.3, out, lse)
+    kernel.forward(q, k, v, [task], softmax, out, lse)
     grads = Gradients(*(torch.zeros(x.shape, dtype=accumulator) for x in (q, k, v)))
-    saved = Saved(q, out.to(dtype), lse, grad_out, grad_lse.to(accumulator))
-    kernel.backward(saved, k, v, [task], 0.3, grads)
+    saved = Saved(q, out.to(dtype), lse, grad_out, grad_lse.to(accumulator) if with_lse else None)
+    kernel.backward(saved, k, v, [task], softmax, grads)
     results = [out, lse, *grads]
     for name, a, e in zip(("out", "lse", "dq", "dk", "dv"), results, (expected, expected_lse, *wanted), strict=True):
-        if float(e.detach()[torch.isfinite(e)].abs().max()) > 1e-6:  # a gradient that is zero has no relative error
+        # a gradient that is zero has no relative error
+        if a.shape != e.shape or float(e.detach()[torch.isfinite(e)].abs().max()) > 1e-6:
             assert_close(a, e, dtype=dtype, what=f"{name} of {kernel.name} {task} {dtype}")
 
 
@@ -79,16 +130,57 @@ def check(
     st.one_of(st.none(), st.integers(0, 300)),
     st.sampled_from([(4, 4), (4, 2), (2, 1)]),
     st.sampled_from([torch.float64, torch.float32]),
-    st.sampled_from(["torch", "reference"]),
+    st.sampled_from([("torch", 16), ("torch", 9), ("torch", 24), ("reference", 16), ("reference", 9)]),
 )
 def test_any_task(
-    nq: int, nk: int, lo: int | None, width: int | None, heads: tuple[int, int], dtype: torch.dtype, name: str
+    nq: int,
+    nk: int,
+    lo: int | None,
+    width: int | None,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    kernel: tuple[str, int],
 ) -> None:
+    name, d_v = kernel
     low = -UNBOUNDED if lo is None else lo
     high = UNBOUNDED if width is None else (width - 100 if lo is None else lo + width)
     task = task_between(3, nq, 5, nk, low, high)
     if task is not None:
-        check(get_kernel(name, "cpu"), task, nq + 4, nk + 7, heads=heads, dtype=dtype)
+        check(get_kernel(name, "cpu"), task, nq + 4, nk + 7, heads=heads, dtype=dtype, d_v=d_v)
+
+
+class SmallTiles(ReferenceKernel):
+    """The reference kernel with so many cuts that each kind of tile occurs."""
+
+    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+        return tiles(task, 16, 24)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.integers(-80, 80),
+    st.integers(0, 60),
+    st.sampled_from([(4, 4), (4, 2), (2, 1)]),
+    st.sampled_from([torch.float64, torch.float32]),
+    st.sampled_from([(0.5, None), (30.0, None), (None, 0.0), (None, 0.3), (2.0, 0.3), (None, 0.9)]),
+)
+def test_any_softmax(
+    nq: int,
+    nk: int,
+    lo: int,
+    width: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    options: tuple[float | None, float | None],
+) -> None:
+    softcap, p = options
+    task = task_between(3, nq, 5, nk, lo, lo + width)
+    if task is not None:
+        dropout = None if p is None else dropout_of(p, nq + 4, nk + 7, heads[0])
+        softmax = Softmax(0.3, softcap, dropout)
+        check(SmallTiles(), task, nq + 4, nk + 7, heads=heads, dtype=dtype, d_v=10, softmax=softmax)
 
 
 LONG = [
@@ -107,6 +199,24 @@ def test_long_tasks_take_the_other_cuts(task: Task, dtype: torch.dtype) -> None:
     check(get_kernel("torch", "cpu"), task, task.nq, task.nk, heads=(2, 1), dtype=dtype)
 
 
+@pytest.mark.parametrize("task", LONG, ids=str)
+def test_long_tasks_of_the_reference_are_cut_both_ways(task: Task) -> None:
+    blocks = list(get_kernel("reference", "cpu").blocks(task, torch.empty(0)))  # type: ignore[attr-defined]
+    assert max(block.nq for block in blocks) <= ROWS
+    assert max(block.nk for block in blocks) <= COLUMNS < task.nk
+    softmax = Softmax(0.3, 2.0, dropout_of(0.2, task.nq, task.nk, 2)) if task.nq == 300 else PLAIN
+    check(get_kernel("reference", "cpu"), task, task.nq, task.nk, heads=(2, 1), dtype=torch.float32, softmax=softmax)
+
+
+@pytest.mark.parametrize("d_v", [8, 17, 24, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_of_another_head_dim_in_the_torch_kernel(d_v: int, dtype: torch.dtype) -> None:
+    for task in (Task(0, 900, 0, 900, -UNBOUNDED, 0), Task(0, 300, 0, 400, -50, 200), Task(1, 30, 2, 50, *FULL)):
+        for with_lse in (True, False):
+            options: dict[str, Any] = {"heads": (4, 2), "dtype": dtype, "d": 24, "d_v": d_v, "with_lse": with_lse}
+            check(get_kernel("torch", "cpu"), task, task.nq + 1, task.nk + 2, **options)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 60),
@@ -115,79 +225,368 @@ def test_long_tasks_take_the_other_cuts(task: Task, dtype: torch.dtype) -> None:
     st.integers(0, 60),
     st.integers(1, 20),
     st.integers(0, 30),
+    st.sampled_from([strips, tiles]),
 )
-def test_strips_cover_a_task_once(nq: int, nk: int, lo: int, width: int, rows: int, widest: int) -> None:
+def test_cuts_cover_a_task_once(
+    nq: int, nk: int, lo: int, width: int, rows: int, widest: int, cut: Callable[[Task, int, int], Iterator[Task]]
+) -> None:
     task = task_between(2, nq, 3, nk, lo, lo + width)
     if task is None:
         return
+    widest += cut is tiles  # at least one column
     counts = torch.zeros(nq + 4, nk + 4, dtype=torch.int64)
-    for strip in strips(task, rows, widest):
-        cells = open_cells(strip, *counts.shape)
+    for part in cut(task, rows, widest):
+        cells = open_cells(part, *counts.shape)
         counts += cells
-        assert strip.nq <= rows
-        block = cells[strip.q : strip.q + strip.nq, strip.k : strip.k + strip.nk]
-        assert block.any(1).all(), "no row of a strip is blind: the kernels answer that with a wrong log-sum-exp"
-        assert strip.is_full == bool(block.all())
-        if not strip.is_full:
-            mask = additive_mask(strip, torch.float32, torch.device("cpu"))
+        assert part.nq <= rows
+        assert part.nk <= widest or cut is strips
+        block = cells[part.rows, part.keys]
+        assert block.any(1).all(), "no row of a part is blind: the kernels answer that with a wrong log-sum-exp"
+        assert part.is_full == bool(block.all())
+        if not part.is_full:
+            mask = additive_mask(part, torch.float32, torch.device("cpu"))
             assert torch.equal(mask == 0, block)
     assert torch.equal(counts, open_cells(task, *counts.shape).long())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(-310, 310),
+    st.integers(0, 300),
+    st.sampled_from([(4, 4), (4, 2), (2, 1)]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([0.3, -0.3]),
+)
+def test_the_largest_logit(
+    nq: int, nk: int, lo: int, width: int, heads: tuple[int, int], dtype: torch.dtype, scale: float
+) -> None:
+    task = task_between(3, nq, 5, nk, lo, lo + width)
+    if task is not None:
+        check_max_logit([task], nq + 4, nk + 7, heads=heads, dtype=dtype, scale=scale)
+
+
+def check_max_logit(
+    tasks: list[Task], queries: int, keys: int, *, heads: tuple[int, int], dtype: torch.dtype, scale: float = 0.3
+) -> None:
+    generator = torch.Generator().manual_seed(queries * 1000 + keys)
+    n, g = heads
+    q, k = (torch.randn(2, *shape, 8, generator=generator).to(dtype) for shape in ((queries, n), (keys, g)))
+    scores = torch.einsum("blnd,bmnd->blnm", q.double(), k.double().repeat_interleave(n // g, 2)) * scale
+    seen = sum((open_cells(task, queries, keys) for task in tasks), torch.zeros(queries, keys, dtype=torch.bool))
+    expected = scores.masked_fill(~seen[:, None], float("-inf")).amax((0, 1, 3))
+    result = torch.full((n,), float("-inf"), dtype=accumulator_dtype(dtype))
+    get_kernel("torch", "cpu").max_logit(q, k, tasks, scale, result)
+    torch.testing.assert_close(result, expected.to(result.dtype))
+
+
+def test_the_largest_logit_of_long_and_of_no_tasks() -> None:
+    check_max_logit(LONG[:2], 2500, 2600, heads=(2, 1), dtype=torch.float32)
+    check_max_logit([], 5, 5, heads=(2, 1), dtype=torch.bfloat16)
+    result = torch.tensor([float("-inf"), 1e3])
+    q = torch.randn(1, 4, 2, 8)
+    kernel = get_kernel("reference", "cpu")
+    kernel.max_logit(q, q, [Task(0, 4, 0, 4, -UNBOUNDED, 0)], 1.0, result)
+    assert torch.isfinite(result[0])
+    assert result[1] == 1e3, "a larger one from before stays"
+    kernel.max_logit(q[:0], q[:0], [Task(0, 4, 0, 4, -UNBOUNDED, 0)], 1.0, result)
 
 
 def test_merge_is_safe_where_nothing_is_seen() -> None:
     out, lse = torch.zeros(1, 3, 1, 2), torch.full((1, 3, 1), float("-inf"))
     block = torch.tensor([[[[1.0, 2]], [[3, 4]], [[0, 0]]]])
     block_lse = torch.tensor([[[0.5], [-0.5], [float("-inf")]]])
-    merge(out, lse, block, block_lse)
+    merge_into(out, lse, block, block_lse)
     assert torch.equal(out, block)
     assert torch.equal(lse, block_lse)
-    merge(out, lse, torch.full_like(block, 7.0), torch.full_like(block_lse, float("-inf")))
+    merge_into(out, lse, torch.full_like(block, 7.0), torch.full_like(block_lse, float("-inf")))
     assert torch.equal(out, block)
     assert torch.equal(lse, block_lse)
-    merge(out, lse, block, block_lse)
+    merge_into(out, lse, block, block_lse)
     torch.testing.assert_close(out, block)
     torch.testing.assert_close(lse, block_lse + torch.tensor(2.0).log())
 
 
-class _Recorded(TorchCudaKernel):
-    """The CUDA kernel's shapes, followed on meta tensors."""
+def attention_over(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense attention whose gradients are not NaN in rows that see nothing."""
+    scores = torch.einsum("blnd,bmnd->blnm", q, k)
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    blind = ~seen.any(1)[:, None]
+    lse = torch.logsumexp(scores.masked_fill(blind.unsqueeze(-1), 0.0), -1).masked_fill(blind, float("-inf"))
+    weights = torch.exp(scores - lse.masked_fill(blind, 0.0).unsqueeze(-1))
+    return torch.einsum("blnm,bmnd->blnd", weights, v), lse
+
+
+def test_merged_attention_is_attention_over_the_union() -> None:
+    q, k, v = (torch.randn(2, n, 3, 4, dtype=torch.float64, requires_grad=True) for n in (8, 10, 10))
+    seen = torch.rand(8, 10) < 0.5
+    seen[0], seen[1, :6], seen[2, 6:] = False, False, False
+    seen[1, 6], seen[2, 0] = True, True
+    first = attention_over(q, k[:, :6], v[:, :6], seen[:, :6])
+    second = attention_over(q, k[:, 6:], v[:, 6:], seen[:, 6:])
+    merged, expected = merge_attention(*first, *second), attention_over(q, k, v, seen)
+    grad_out, grad_lse = torch.randn_like(merged[0]), torch.randn_like(merged[1])
+    for a, e in zip(merged, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    gradients = [
+        torch.autograd.grad((out * grad_out).sum() + (lse[:, 1:] * grad_lse[:, 1:]).sum(), (q, k, v))
+        for out, lse in (merged, expected)
+    ]
+    for a, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("results", ["out", "lse", "both"])
+def test_gradients_of_merged_attention(results: str) -> None:
+    out1, out2 = (torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    lse1, lse2 = (torch.randn(5, 2, dtype=torch.float64) for _ in range(2))
+    lse1[0], lse2[1], lse1[2], lse2[2] = (float("-inf"),) * 4
+
+    def finite(*inputs: Tensor) -> tuple[Tensor, ...]:
+        out, lse = merge_attention(*inputs)
+        lse = lse.masked_fill(torch.isinf(lse), 0.0)  # numeric differences of infinities are NaN
+        return {"out": (out,), "lse": (lse,), "both": (out, lse)}[results]
+
+    assert torch.autograd.gradcheck(finite, (out1, lse1.requires_grad_(), out2, lse2.requires_grad_()))
+
+
+def test_merging_with_what_saw_nothing() -> None:
+    never = float("-inf")
+    out1 = torch.tensor([[-0.0, 1.0], [float("nan"), float("inf")], [float("nan"), 1.0]], dtype=torch.bfloat16)
+    out2 = torch.tensor([[float("nan"), 1.0], [3.0, -0.0], [float("inf"), 2.0]], dtype=torch.bfloat16)
+    lse1, lse2 = torch.tensor([-0.0, never, never]), torch.tensor([never, 0.3, never])
+    leaves = [x.requires_grad_() for x in (out1, lse1, out2, lse2)]
+    out, lse = merge_attention(*leaves)
+    expected = torch.stack([out1[0], out2[1], torch.zeros(2, dtype=torch.bfloat16)])
+    assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
+    assert torch.equal(lse.view(torch.int32), torch.tensor([-0.0, 0.3, never]).view(torch.int32))
+    grads = torch.autograd.grad([out, lse], leaves, [torch.ones_like(out), torch.full_like(lse, 2.0)])
+    assert grads[0].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert grads[1].tolist() == [2, 0, 0]
+    assert grads[2].tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert grads[3].tolist() == [0, 2, 0]
+    poisoned = torch.autograd.grad(
+        merge_attention(*leaves), leaves, [torch.full_like(out, float("nan")), torch.full_like(lse, float("nan"))]
+    )
+    assert all(not grad[2].isnan().any() for grad in poisoned), "rows that saw nothing send nothing home"
+
+
+def test_merging_is_computed_in_float32_and_compiles() -> None:
+    out1, out2 = (torch.randn(7, 4, dtype=torch.bfloat16) for _ in range(2))
+    lse1, lse2 = (torch.randn(7) for _ in range(2))
+    out, lse = merge_attention(out1, lse1, out2, lse2)
+    exact, exact_lse = merge_attention(out1.double(), lse1.double(), out2.double(), lse2.double())
+    assert torch.equal(out, exact.to(torch.bfloat16))
+    torch.testing.assert_close(lse, exact_lse.float())
+    leaves = [x.requires_grad_() for x in (out1, lse1, out2, lse2)]
+    compiled = torch.compile(merge_attention, backend="aot_eager", fullgraph=True)
+    results = [function(*leaves) for function in (merge_attention, compiled)]
+    gradients = [torch.autograd.grad(o.float().square().sum() + e.sum(), leaves) for o, e in results]
+    for a, e in zip((*results[1], *gradients[1]), (*results[0], *gradients[0]), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"out1": [1.0]}, InvalidTypeError, "out1 must be a tensor; got list"),
+        ({"out2": torch.zeros(2, 4)}, InvalidTypeError, "one floating-point dtype; got torch.float64, torch.float32"),
+        ({"lse2": torch.zeros(2)}, InvalidTypeError, "must be torch.float64 beside outputs in torch.float64; got"),
+        ({"out2": torch.zeros(2, 5).double()}, InvalidValueError, r"one shape \[..., D\]; got \[2, 4\], \[2, 5\]"),
+        ({"lse1": torch.zeros(2, 1).double()}, InvalidValueError, r"lse1 and lse2 must be \[2\]"),
+        ({"lse1": torch.zeros(2, device="meta").double()}, InvalidValueError, "one device; got cpu, meta, cpu, cpu"),
+    ],
+)
+def test_merging_refuses(change: dict[str, Any], kind: type[Exception], message: str) -> None:
+    good = {"out1": torch.zeros(2, 4), "lse1": torch.zeros(2), "out2": torch.zeros(2, 4), "lse2": torch.zeros(2)}
+    with pytest.raises(kind, match=message):
+        merge_attention(**{name: x.double() for name, x in good.items()} | change)
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """In standard deviations of what independent masks have."""
+    table = torch.stack([a.flatten(), b.flatten()]).double()
+    return float(torch.corrcoef(table)[0, 1]) * table.shape[1] ** 0.5
+
+
+def kept(p: float, *, seed: int = 1, layer: int = 1) -> Tensor:
+    rows = torch.arange(2)[:, None].expand(2, 48)
+    states = query_states(seed, layer, rows, torch.arange(48), torch.arange(6))
+    return keep_mask(Dropout(p, states, torch.arange(160)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.9])
+def test_dropout_drops_as_much_as_asked(p: float) -> None:
+    mask = kept(p)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (2, 6, 48, 160)
+    for dim in range(4):
+        rates = 1 - mask.double().mean([d for d in range(4) if d != dim])
+        assert float((rates - p).abs().max()) <= 5 * (p * (1 - p) * mask.shape[dim] / mask.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_is_independent_between_any_two_places(p: float) -> None:
+    mask = kept(p)
+    for dim in range(4):
+        for step in (1, 2, 16):
+            if step < mask.shape[dim]:
+                size = mask.shape[dim] - step
+                a, b = mask.narrow(dim, 0, size), mask.narrow(dim, step, size)
+                assert abs(correlation(a, b)) < 5, f"dim {dim}, {step} apart"
+    pairs = mask[..., :-1] == mask[..., 1:]
+    assert abs(correlation(pairs[:, :, :-1], pairs[:, :, 1:])) < 5, "no pattern repeats from row to row"
+    i, j = torch.triu_indices(48, 48, offset=1)
+    assert abs(correlation(mask[..., i, j], mask[..., j, i])) < 5, "queries and keys are not mistaken for each other"
+    for other in (kept(p, seed=2), kept(p, layer=2), kept(p, seed=2**63), kept(p, seed=-1), kept(p, seed=1 << 32)):
+        assert abs(correlation(mask, other)) < 5
+    assert torch.equal(mask, kept(p))
+    assert not torch.equal(kept(p, seed=2, layer=1), kept(p, seed=1, layer=2))
+
+
+def test_dropout_does_not_depend_on_how_the_rows_are_cut() -> None:
+    dropout = dropout_of(0.4, 50, 70, 4)
+    whole = keep_mask(dropout)
+    for rows, keys in ((slice(0, 50), slice(3, 4)), (slice(7, 31), slice(11, 70)), (slice(49, 50), slice(0, 70))):
+        assert torch.equal(keep_mask(dropout.of(rows, keys)), whole[:, :, rows, keys])
+    order = torch.randperm(50)
+    rows_of = torch.arange(2)[:, None].expand(2, 50)
+    positions = torch.arange(50)
+    states = query_states(7, 3, rows_of, positions, torch.arange(4))
+    assert torch.equal(states[:, order], query_states(7, 3, rows_of, positions[order], torch.arange(4)))
+    assert torch.equal(states[:, :, 2:], query_states(7, 3, rows_of, positions, torch.arange(2, 4)))
+    assert torch.equal(states[1:], query_states(7, 3, rows_of[1], positions, torch.arange(4)))
+    assert torch.equal(states, query_states(7 + (1 << 64), 3, rows_of, positions.int(), torch.arange(4)))
+
+
+def test_dropout_is_the_generator_it_says_it_is() -> None:
+    """Against unsigned arithmetic in Python: the bits are the same on every device and in every release."""
+
+    def mixed(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    def bits(*values: int) -> int:
+        state = 0
+        for value in values:
+            state = mixed(state ^ mixed((value + 0x9E3779B97F4A7C15) % 2**64))
+        return state
+
+    states = query_states(-5, 2, torch.tensor([[3], [4]]), torch.tensor([1 << 40]), torch.tensor([9, 0]))
+    expected = [[[bits(-5, 2, row, 1 << 40, head) for head in (9, 0)]] for row in (3, 4)]
+    assert [[[x % 2**64 for x in heads] for heads in rows] for rows in states.tolist()] == expected
+    mask = keep_mask(Dropout(0.3, states, torch.arange(100)))
+    for b, row in enumerate((3, 4)):
+        for n, head in enumerate((9, 0)):
+            drawn = [bits(-5, 2, row, 1 << 40, head, key) ^ (1 << 63) for key in range(100)]
+            assert mask[b, n, 0].tolist() == [value >= int(0.3 * 2**64) for value in drawn]
+
+
+def flash_on_cpu(*tensors: Tensor, causal: bool, scale: float) -> Any:
+    """The CPU's flash forward for three tensors, backward for six, if they are what the CUDA operators ask for."""
+    sized = tensors[:-1] if len(tensors) == 6 else tensors
+    assert len({x.shape[-1] for x in sized}) == 1, "one head dim"
+    assert len({x.shape[1] for x in sized}) == 1, "one head per query head"
+    assert sized[0].shape[-1] % 8 == 0
+    assert all(x.stride(-1) == 1 for x in sized)
+    if len(tensors) == 3:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors, 0.0, causal, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, causal, scale=scale)
+
+
+FUSED: dict[str, Callable[..., Any]] = {
+    "flash_attention": lambda q, k, v, p, causal, mask, scale: flash_on_cpu(q, k, v, causal=causal, scale=scale),
+    "flash_attention_backward": lambda *args, scale: flash_on_cpu(*args[:6], causal=args[11], scale=scale),
+    "efficient_attention": lambda *args, scale: flash_on_cpu(*args[:3], causal=args[6], scale=scale),
+    "efficient_attention_backward": lambda *args, scale: (
+        *flash_on_cpu(*args[:4], args[5], args[6][:, :, : args[1].shape[2]], causal=args[11], scale=scale),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("d", "d_v"), [(16, 16), (20, 20), (20, 9), (8, 30)])
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_the_cuda_kernel_pads_as_its_operators_want(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, d: int, d_v: int, with_lse: bool
+) -> None:
+    """No GPU here: the CPU's operators stand in for the fused ones."""
+    for name, function in FUSED.items():
+        monkeypatch.setattr(torch.ops.aten, f"_scaled_dot_product_{name}", function)
+    for task in (Task(0, 100, 0, 130, -UNBOUNDED, 30), Task(1, 70, 3, 60, *FULL), Task(0, 90, 0, 120, -20, 40)):
+        options: dict[str, Any] = {"heads": (4, 2), "dtype": dtype, "d": d, "d_v": d_v, "with_lse": with_lse}
+        check(TorchCudaKernel(), task, task.nq + 1, task.nk + 3, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_cuda_kernel_has_the_right_shapes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("d_v", [16, 12, 20])
+def test_the_cuda_kernel_has_the_right_shapes(dtype: torch.dtype, d_v: int) -> None:
     """No GPU here: the operators' own shape functions stand in for them, blocks are checked by arithmetic."""
-    kernel = _Recorded()
-    shapes = [(2, 100, 4, 16), (2, 130, 2, 16), (2, 130, 2, 16)]
+    kernel = TorchCudaKernel()
+    shapes = [(2, 100, 4, 16), (2, 130, 2, 16), (2, 130, 2, d_v)]
     q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
-    for task in (Task(0, 100, 0, 130, -UNBOUNDED, 30), Task(0, 100, 0, 130, -UNBOUNDED, UNBOUNDED)):
+    for task in (Task(0, 100, 0, 130, -UNBOUNDED, 30), Task(0, 100, 0, 130, *FULL)):
         counts = torch.zeros(100, 130, dtype=torch.int64)
         for block in kernel.blocks(task, q):
             counts += open_cells(block, 100, 130)
             if not block.is_full and not (block.nq == block.nk and block.hi == 0):
                 continue
-            rows, keys = slice(block.q, block.q + block.nq), slice(block.k, block.k + block.nk)
-            out, lse = kernel.block_forward(q[:, rows], k[:, keys], v[:, keys], block, 0.3)
-            assert out.shape == (2, block.nq, 4, 16)
+            rows, keys = block.rows, block.keys
+            out, lse = kernel.block_forward(q[:, rows], k[:, keys], v[:, keys], block, PLAIN)
+            assert out.shape == (2, block.nq, 4, d_v)
             assert lse.shape == (2, block.nq, 4)
             assert lse.dtype == torch.float32
             saved = Saved(q[:, rows], out, lse, torch.empty_like(out), None)
             if dtype == torch.bfloat16:
-                grads = kernel.block_backward(saved, k[:, keys], v[:, keys], block, 0.3)
+                grads = kernel.block_backward(saved, k[:, keys], v[:, keys], block, PLAIN)
                 assert [g.shape for g in grads] == [q[:, rows].shape, k[:, keys].shape, v[:, keys].shape]
         assert torch.equal(counts, open_cells(task, 100, 130).long())
 
 
 def test_kernels_by_name() -> None:
-    q, wide = torch.empty(1, 4, 2, 8), torch.empty(1, 4, 2, 16)
+    q, wide, odd = torch.empty(1, 4, 2, 8), torch.empty(1, 4, 2, 16), torch.empty(1, 4, 2, 8, dtype=torch.float8_e5m2)
     assert available_kernels("cpu") == ["reference", "torch"]
     assert select_kernel("auto", q, q, q) == "torch"
-    assert select_kernel("auto", q, q, wide) == "reference"
+    assert select_kernel("auto", q, q, wide) == "torch"
+    assert select_kernel("auto", odd, odd, odd) == "reference"
     assert select_kernel("Reference", q, q, wide) == "reference"
-    with pytest.raises(UnsupportedError, match="head dim 8 of queries and 16 of values"):
-        select_kernel("torch", q, q, wide)
+    with pytest.raises(UnsupportedError, match=r"dtype torch.float8_e5m2; use CPConfig\(kernel=\"reference\"\)"):
+        select_kernel("torch", odd, odd, odd)
     with pytest.raises(ValueError, match="may be auto, reference, torch"):
         select_kernel("flash", q, q, q)
     assert select_kernel("auto", q, q, q, deterministic=True) == "torch"
+    cuda = TorchCudaKernel()
+    assert cuda.refusal(q, q, wide) is None
+    assert cuda.refusal(*(torch.empty(1, 4, 2, d) for d in (8, 8, 257))) == "head dim 257: at most 256 is possible"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"softcap": True}, "got softcap;"),
+        ({"dropout": True}, "got dropout: its generator is its own, and the mask would depend on the number of ranks;"),
+        ({"softcap": True, "dropout": True}, "got softcap; dropout: its generator"),
+    ],
+)
+def test_options_choose_the_kernel(options: dict[str, bool], reason: str) -> None:
+    q = torch.empty(1, 4, 2, 8)
+    assert select_kernel("auto", q, q, q, **options) == "reference"
+    assert select_kernel("reference", q, q, q, **options) == "reference"
+    with pytest.raises(UnsupportedError, match=reason) as raised:
+        select_kernel("torch", q, q, q, **options)
+    assert 'CPConfig(kernel="reference")' in str(raised.value)
+    assert TorchCudaKernel().refusal(q, q, q, **options) == get_kernel("torch", "cpu").refusal(q, q, q, **options)
+    assert Loud().refusal(q, q, q, **options) == "; ".join(options), "a kernel that says nothing of options has none"
+
+
+def test_a_kernel_never_passes_over_an_option() -> None:
+    q, task = torch.randn(1, 4, 2, 8), Task(0, 4, 0, 4, -UNBOUNDED, 0)
+    for softmax in (Softmax(1.0, 5.0), Softmax(1.0, None, dropout_of(0.1, 4, 4, 2, batch=1))):
+        with pytest.raises(UnsupportedError, match="kernel 'torch' cannot be used here"):
+            get_kernel("torch", "cpu").forward(q, q, q, [task], softmax, torch.zeros_like(q), torch.zeros(1, 4, 2))
 
 
 def test_deterministic_refuses_kernels_that_are_not() -> None:
@@ -209,7 +608,7 @@ def test_a_kernel_of_ones_own() -> None:
 class Loud(Kernel):
     name = "mine"
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         return None
 
     def forward(self, *args: object) -> None:

@@ -9,17 +9,8 @@ import torch
 
 from cphandler import get_cp_handler_cls
 from cphandler.testing import RankPool, assert_close
-from tests.laws import (
-    Batch,
-    Case,
-    check_facts,
-    check_gradients_of_movement,
-    check_roll,
-    check_rope,
-    check_round_trip,
-    group_of,
-    make_handler,
-)
+from cphandler.testing.cases import Batch, Case, group_of, make_handler
+from cphandler.testing.laws import check_facts, check_gradients_of_movement, check_roll, check_rope, check_round_trip
 
 LAYOUTS = ("zigzag", "contiguous", "striped")
 PACKED = (

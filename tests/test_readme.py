@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from cphandler import factory, get_cp_handler_cls
 from cphandler.testing import RankPool, assert_close, partition_group
-from tests.laws import Batch, Case, check_attention
+from cphandler.testing.cases import Batch, Case
+from cphandler.testing.laws import check_attention
 
 ROOT = Path(__file__).parent.parent
 

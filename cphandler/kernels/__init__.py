@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from cphandler.kernels.kernel import Kernel, Task, merge
+from cphandler.kernels.dropout import Dropout, keep_mask, query_states
+from cphandler.kernels.kernel import Kernel, Softmax
+from cphandler.kernels.merge import merge_attention
 from cphandler.kernels.registry import available_kernels, get_kernel, register_kernel, select_kernel
+from cphandler.kernels.task import Task
 
-__all__ = ["Kernel", "Task", "available_kernels", "get_kernel", "merge", "register_kernel", "select_kernel"]
+__all__ = [
+    "Dropout",
+    "Kernel",
+    "Softmax",
+    "Task",
+    "available_kernels",
+    "get_kernel",
+    "keep_mask",
+    "merge_attention",
+    "query_states",
+    "register_kernel",
+    "select_kernel",
+]

@@ -1,40 +1,43 @@
-"""The kernel interface, and how partial results are put together.
+"""The kernel interface.
 
-Shapes: B batch rows, L query rows, M key rows, N query heads, G key/value heads (N divisible by G), D head dim.
+Shapes: B batch rows, L query rows, M key rows, N query heads, G key/value heads (N divisible by G), D head dim of
+queries and keys, D_v of values.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cphandler.intervals import UNBOUNDED
+from cphandler.comm import accumulator_dtype
+from cphandler.kernels.dropout import Dropout
+from cphandler.kernels.strips import additive_mask, tiles
+from cphandler.kernels.task import Tasks
+
+ROWS, COLUMNS = 256, 2048
+"""Query rows and keys of a tile of dense scores; ``[B, N, ROWS, COLUMNS]`` is the largest temporary."""
 
 
-class Task(NamedTuple):
-    """Query rows ``[q, q + nq)`` against key rows ``[k, k + nk)``; row i sees row j where ``lo <= j - i <= hi``.
+class Softmax(NamedTuple):
+    """How scores become weights: the softmax of ``scale * q.k``, or of ``softcap * tanh(scale * q.k / softcap)``.
 
-    Every row of a task sees at least one key. Bounds that exclude nothing are ``-UNBOUNDED`` and ``UNBOUNDED``.
+    Attributes:
+        scale: factor on the scores.
+        softcap: what capped scores stay below, above 0; None leaves them as they are.
+        dropout: which weights are dropped; None keeps all. The log-sum-exp knows nothing of it.
     """
 
-    q: int
-    nq: int
-    k: int
-    nk: int
-    lo: int
-    hi: int
+    scale: float
+    softcap: float | None = None
+    dropout: Dropout | None = None
 
-    @property
-    def is_full(self) -> bool:
-        """Every row sees every key."""
-        return self.lo == -UNBOUNDED and self.hi == UNBOUNDED
-
-
-Tasks: TypeAlias = Iterable[Task]
+    def of(self, rows: slice, keys: slice) -> Softmax:
+        """The same for some of the query rows and key rows."""
+        return self if self.dropout is None else self._replace(dropout=self.dropout.of(rows, keys))
 
 
 class Kernel(ABC):
@@ -47,12 +50,38 @@ class Kernel(ABC):
     deterministic: bool = True
     """Whether two runs give the same bits, forward and backward."""
 
-    @abstractmethod
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why this kernel cannot take these tensors, or None. Looks at dtype, device and head dims only."""
+    takes_prefix: bool = False
+    """Whether rows that see a long prefix and a diagonal after it are best computed in one call."""
+
+    refuses: ClassVar[Mapping[str, str]] = {"softcap": "softcap", "dropout": "dropout"}
+    """Options of :class:`Softmax` that this kernel does not compute, each with what to say when it is asked for. A
+    kernel that computes one must say so by leaving it out."""
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tasks: Tasks, scale: float, out: Tensor, lse: Tensor) -> None:
+    def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why this kernel cannot take these tensors, or None. Looks at dtype, device and head dims only."""
+
+    def refusal(self, q: Tensor, k: Tensor, v: Tensor, *, softcap: bool = False, dropout: bool = False) -> str | None:
+        """Why this kernel cannot take this call, or None.
+
+        Args:
+            q: queries; dtype, device and head dims count.
+            k: keys.
+            v: values.
+            softcap: whether scores are capped.
+            dropout: whether weights are dropped.
+        """
+        return self.refused_option(softcap=softcap, dropout=dropout) or self.misfit(q, k, v)
+
+    def refused_option(self, *, softcap: bool, dropout: bool) -> str | None:
+        """What this kernel says to the options asked for; None where it computes all of them."""
+        asked = {"softcap": softcap, "dropout": dropout}
+        return "; ".join(self.refuses[name] for name in asked if asked[name] and name in self.refuses) or None
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, out: Tensor, lse: Tensor
+    ) -> None:
         """Merge each task's softmax-weighted values into ``out [B, L, N, D_v]`` and ``lse [B, L, N]``, in order.
 
         Args:
@@ -60,13 +89,13 @@ class Kernel(ABC):
             k: ``[B, M, G, D]``.
             v: ``[B, M, G, D_v]``.
             tasks: what to compute.
-            scale: factor on the scores.
+            softmax: how scores become weights; its dropout speaks of these L rows and M keys.
             out: zeros where no task has been merged yet.
-            lse: natural log-sum-exp of the scaled scores, ``-inf`` where no task has been merged yet.
+            lse: natural log-sum-exp of the scaled (and capped) scores, ``-inf`` where no task has been merged yet.
         """
 
     @abstractmethod
-    def backward(self, saved: Saved, k: Tensor, v: Tensor, tasks: Tasks, scale: float, grads: Gradients) -> None:
+    def backward(self, saved: Saved, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, grads: Gradients) -> None:
         """Add each task's share of the gradients, given the merged forward result.
 
         Args:
@@ -74,9 +103,35 @@ class Kernel(ABC):
             k: ``[B, M, G, D]``.
             v: ``[B, M, G, D_v]``.
             tasks: what the forward pass computed over these keys.
-            scale: factor on the scores.
+            softmax: as in the forward pass.
             grads: accumulators.
         """
+
+    def max_logit(self, q: Tensor, k: Tensor, tasks: Tasks, scale: float, result: Tensor) -> None:
+        """Raise ``result`` to the largest ``scale * q.k`` of each head over the pairs that see each other, in place.
+
+        Args:
+            q: ``[B, L, N, D]``; 16-bit inputs are computed in float32.
+            k: ``[B, M, G, D]``.
+            tasks: which pairs see each other.
+            scale: factor on the scores; no softcap is applied.
+            result: ``[N]`` in the accumulators' dtype; stays as it is (``-inf``, say) where nothing is seen.
+        """
+        if q.shape[0] == 0:
+            return  # a maximum over nothing raises
+        groups, dtype = k.shape[2], accumulator_dtype(q.dtype)
+        for tile in (part for task in tasks for part in tiles(task, ROWS, COLUMNS)):
+            scores = grouped(q[:, tile.rows], groups, dtype) @ grouped(k[:, tile.keys], groups, dtype).mT
+            scores *= scale
+            if not tile.is_full:
+                scores += additive_mask(tile, dtype, q.device)
+            torch.maximum(result, scores.amax(dim=(0, 3, 4)).flatten(), out=result)
+
+
+def grouped(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """``[B, rows, N, ...]`` as ``[B, G, N / G, rows, ...]``: query heads beside the key head they share."""
+    arranged: Tensor = x.to(dtype).unflatten(2, (groups, -1)).movedim(1, 3)
+    return arranged
 
 
 class Saved(NamedTuple):
@@ -95,14 +150,3 @@ class Gradients(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor
-
-
-def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge a block's attention over further keys into ``out`` and ``lse``, in place.
-
-    ``out`` becomes the average of both weighted by ``exp(lse)``. Where both are ``-inf`` the result is 0 and ``-inf``;
-    where one is, it is the other to the last bit.
-    """
-    weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0)
-    out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, block_lse))

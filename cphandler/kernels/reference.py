@@ -1,74 +1,105 @@
-"""The reference kernel: attention as the formula says, in strips of dense scores. Slow, exact, any dtype and device."""
+"""The reference kernel: attention as the formula says, in tiles of dense scores. Slow, exact, any dtype and device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cphandler.comm import accumulator_dtype
 from cphandler.kernels.blocks import BlockKernel
-from cphandler.kernels.kernel import Gradients, Saved, Task
-from cphandler.kernels.strips import additive_mask, strips
-
-ROWS = 256
-"""Query rows of a strip; the scores of a strip are the largest temporary, ``[B, N, ROWS, keys]``."""
-
-
-def _grouped(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """``[B, rows, N, ...]`` as ``[B, G, N / G, rows, ...]``."""
-    grouped: Tensor = x.to(dtype).unflatten(2, (groups, -1)).movedim(1, 3)
-    return grouped
+from cphandler.kernels.dropout import keep_mask
+from cphandler.kernels.kernel import COLUMNS, ROWS, Gradients, Saved, Softmax, grouped
+from cphandler.kernels.strips import additive_mask, tiles
+from cphandler.kernels.task import Task
 
 
-def _ungrouped(x: Tensor) -> Tensor:
-    """``[B, G, N / G, rows, ...]`` as ``[B, rows, N, ...]``."""
-    return x.movedim(3, 1).flatten(2, 3)
+class _Dense(NamedTuple):
+    """A block in the accumulators' dtype, heads in groups.
+
+    Attributes:
+        queries: ``[B, G, N / G, nq, D]``.
+        keys: ``[B, G, 1, nk, D]``.
+        values: ``[B, G, 1, nk, D_v]``.
+        scores: scaled, capped and masked, ``[B, G, N / G, nq, nk]``.
+        slope: derivative of a seen score by ``q.k``; a tensor where scores are capped.
+        factor: what dropout multiplies the weights by, 0 or ``1 / (1 - p)``; None without.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    slope: Tensor | float
+    factor: Tensor | None
 
 
 class ReferenceKernel(BlockKernel):
     """Softmax attention by matrix products; 16-bit inputs are computed in float32."""
 
     name = "reference"
+    takes_prefix = True
+    refuses: ClassVar[Mapping[str, str]] = {}
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Takes everything."""
         return None
 
     def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
-        """Strips of ``ROWS`` query rows."""
-        return strips(task, ROWS, task.nk)
+        """Tiles of ``ROWS`` query rows and ``COLUMNS`` keys."""
+        return tiles(task, ROWS, COLUMNS)
 
-    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Task, scale: float) -> tuple[Tensor, Tensor]:
+    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> tuple[Tensor, Tensor]:
         """See :meth:`BlockKernel.block_forward`."""
-        scores, values, _, _ = self._scores(q, k, v, block, scale)
-        lse = torch.logsumexp(scores, dim=-1)
-        out = torch.exp(scores - lse.unsqueeze(-1)) @ values
-        return _ungrouped(out), _ungrouped(lse)
+        dense = _dense(q, k, v, block, softmax)
+        lse = torch.logsumexp(dense.scores, dim=-1)
+        weights = torch.exp(dense.scores - lse.unsqueeze(-1))
+        if dense.factor is not None:
+            weights *= dense.factor
+        return _ungrouped(weights @ dense.values), _ungrouped(lse)
 
-    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, scale: float) -> Gradients:
-        """See :meth:`BlockKernel.block_backward`."""
-        scores, values, queries, keys = self._scores(saved.q, k, v, block, scale)
-        groups, dtype = k.shape[2], scores.dtype
-        weights = torch.exp(scores - _grouped(saved.lse, groups, dtype).unsqueeze(-1))
-        grad_out = _grouped(saved.grad_out, groups, dtype)
-        delta = (grad_out * _grouped(saved.out, groups, dtype)).sum(-1)
+    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> Gradients:
+        """See :meth:`BlockKernel.block_backward`.
+
+        With dropout the row sum of output times gradient still is the sum of weights times their gradients: the factor
+        that is in the output's weights is in those gradients.
+        """
+        dense = _dense(saved.q, k, v, block, softmax)
+        groups, dtype = k.shape[2], dense.scores.dtype
+        grad_out = grouped(saved.grad_out, groups, dtype)
+        delta = (grad_out * grouped(saved.out, groups, dtype)).sum(-1)
         if saved.grad_lse is not None:
-            delta = delta - _grouped(saved.grad_lse, groups, dtype)
-        grad_scores = weights * (grad_out @ values.mT - delta.unsqueeze(-1)) * scale
-        dq = grad_scores @ keys
-        dk = (grad_scores.mT @ queries).sum(2).movedim(2, 1)
-        dv = (weights.mT @ grad_out).sum(2).movedim(2, 1)
+            delta = delta - grouped(saved.grad_lse, groups, dtype)
+        weights = torch.exp(dense.scores - grouped(saved.lse, groups, dtype).unsqueeze(-1))
+        used, grad_weights = weights, grad_out @ dense.values.mT
+        if dense.factor is not None:
+            used, grad_weights = weights * dense.factor, grad_weights * dense.factor
+        grad_scores = weights * (grad_weights - delta.unsqueeze(-1)) * dense.slope
+        dq = grad_scores @ dense.keys
+        dk = (grad_scores.mT @ dense.queries).sum(2).movedim(2, 1)
+        dv = (used.mT @ grad_out).sum(2).movedim(2, 1)
         return Gradients(_ungrouped(dq), dk, dv)
 
-    @staticmethod
-    def _scores(q: Tensor, k: Tensor, v: Tensor, block: Task, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scaled, masked scores ``[B, G, N / G, nq, nk]``, and values, queries and keys in the same arrangement."""
-        groups, dtype = k.shape[2], accumulator_dtype(q.dtype)
-        queries = _grouped(q, groups, dtype)
-        keys, values = _grouped(k, groups, dtype), _grouped(v, groups, dtype)
-        scores = (queries @ keys.mT) * scale
-        if not block.is_full:
-            scores = scores + additive_mask(block, dtype, q.device)
-        return scores, values, queries, keys
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> _Dense:
+    groups, dtype = k.shape[2], accumulator_dtype(q.dtype)
+    queries, keys, values = (grouped(x, groups, dtype) for x in (q, k, v))
+    scores = (queries @ keys.mT) * softmax.scale
+    slope: Tensor | float = softmax.scale
+    if softmax.softcap is not None:
+        bent = torch.tanh(scores / softmax.softcap)
+        scores, slope = bent * softmax.softcap, (1 - bent * bent) * softmax.scale
+    if not block.is_full:
+        scores = scores + additive_mask(block, dtype, q.device)
+    factor = None
+    if softmax.dropout is not None:
+        kept = keep_mask(softmax.dropout).unflatten(1, (groups, -1))
+        factor = kept.to(dtype) / (1 - softmax.dropout.p)
+    return _Dense(queries, keys, values, scores, slope, factor)
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """``[B, G, N / G, rows, ...]`` as ``[B, rows, N, ...]``."""
+    return x.movedim(3, 1).flatten(2, 3)

@@ -52,8 +52,17 @@ def get_kernel(name: str, device_type: str) -> Kernel:
     return kernel
 
 
-def select_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool = False) -> str:
-    """The name of the kernel to use: the one asked for, or for ``"auto"`` the fastest that takes these tensors.
+def select_kernel(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    deterministic: bool = False,
+    softcap: bool = False,
+    dropout: bool = False,
+) -> str:
+    """The name of the kernel to use: the one asked for, or for ``"auto"`` the fastest that takes this call.
 
     Args:
         name: a kernel's name, or ``"auto"``.
@@ -61,23 +70,30 @@ def select_kernel(name: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: 
         k: keys.
         v: values.
         deterministic: take only kernels that give the same bits in two runs.
+        softcap: take only kernels that cap scores.
+        dropout: take only kernels that drop weights.
 
     Raises:
         InvalidValueError: no such kernel.
-        UnsupportedError: the kernel asked for does not take these tensors, or is not deterministic.
+        UnsupportedError: the kernel asked for does not take these tensors or options, or is not deterministic.
     """
     wanted = name.lower()
+    options = {"deterministic": deterministic, "softcap": softcap, "dropout": dropout}
     if wanted == "auto":
         known = ("torch", q.device.type) in _KERNELS
-        return "torch" if known and _refusal("torch", q, k, v, deterministic) is None else "reference"
-    refusal = _refusal(wanted, q, k, v, deterministic)
+        return "torch" if known and _refusal("torch", q, k, v, **options) is None else "reference"
+    refusal = _refusal(wanted, q, k, v, **options)
     if refusal is not None:
-        raise UnsupportedError(f"kernel {name!r} cannot be used here", got=refusal, fix='use CPConfig(kernel="auto")')
+        raise UnsupportedError(
+            f"kernel {name!r} cannot be used here",
+            got=refusal,
+            fix='use CPConfig(kernel="reference"), or "auto" to be given the fastest that can',
+        )
     return wanted
 
 
-def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, deterministic: bool) -> str | None:
+def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: bool) -> str | None:
     kernel = get_kernel(name, q.device.type)
     if deterministic and not kernel.deterministic:
         return "deterministic=True, and this kernel is not"
-    return kernel.refusal(q, k, v)
+    return kernel.refusal(q, k, v, **options)

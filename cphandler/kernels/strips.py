@@ -1,4 +1,4 @@
-"""Cutting a task into strips of query rows that a dense kernel takes with a small additive mask, or with none."""
+"""Cutting a task into strips or tiles that a dense kernel takes with a small additive mask, or with none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cphandler.intervals import UNBOUNDED
-from cphandler.kernels.kernel import Task
+from cphandler.kernels.task import Task
 
 
 def strips(task: Task, rows: int, widest: int) -> Iterator[Task]:
@@ -32,6 +32,16 @@ def strips(task: Task, rows: int, widest: int) -> Iterator[Task]:
         for k0, k1 in parts:
             if k0 < k1:
                 yield from _seen(task, a, n, k0, k1)
+
+
+def tiles(task: Task, rows: int, columns: int) -> Iterator[Task]:
+    """Cut a task into tasks of at most ``rows`` query rows and ``columns`` keys, without rows that see nothing of them.
+
+    Tiles come in ascending order of rows, then keys, and cover each pair once.
+    """
+    for strip in strips(task, rows, task.nk):
+        for first in range(0, strip.nk, columns):
+            yield from _seen(strip, 0, strip.nq, first, min(first + columns, strip.nk))
 
 
 def _seen(task: Task, a: int, n: int, k0: int, k1: int) -> Iterator[Task]:

@@ -1,26 +1,33 @@
 """The flash kernel inside torch for CPUs, over blocks chosen so that little hidden work is computed.
 
 The kernel is ``aten::_scaled_dot_product_flash_attention_for_cpu``. What it demands, and what this file therefore takes
-care of: its causal flag is right for square blocks only; its mask must be floating point; last strides must be 1; it
-kills the process on empty inputs; it skips hidden keys in runs of 512 only, so that short causal blocks cost as much as
-full ones, and strips with a mask are faster.
+care of: its causal flag is right for square blocks only; its mask must be floating point; last strides must be 1;
+values need the head dim of queries; it kills the process on empty inputs; it skips hidden keys in runs of 512 only, so
+that short causal blocks cost as much as full ones, and strips with a mask are faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cphandler.intervals import UNBOUNDED
 from cphandler.kernels.blocks import BlockKernel
-from cphandler.kernels.kernel import Gradients, Saved, Task
+from cphandler.kernels.kernel import Gradients, Saved, Softmax
 from cphandler.kernels.strips import additive_mask, strips
+from cphandler.kernels.task import Task
 
 WIDEST = 2048
 """Keys of a strip that all its rows see, from which on they are a block of their own and need no mask."""
+
+OPTIONS = {
+    "softcap": "softcap",
+    "dropout": "dropout: its generator is its own, and the mask would depend on the number of ranks",
+}
+"""What the kernels inside torch refuse, and what they say."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,57 +58,73 @@ def unit_stride(x: Tensor) -> Tensor:
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
+def padded(x: Tensor, channels: int) -> Tensor:
+    """``x`` with zeros after its last dim, up to a number of channels; ``x`` itself where it has that many."""
+    missing = channels - x.shape[-1]
+    return x if missing == 0 else torch.nn.functional.pad(x, (0, missing))
+
+
+def narrowed(x: Tensor, channels: int) -> Tensor:
+    """The first channels of ``x``, without what :func:`padded` appended."""
+    return x if x.shape[-1] == channels else x[..., :channels]
+
+
 class TorchCpuKernel(BlockKernel):
     """torch's CPU flash attention; float16, bfloat16, float32, float64, grouped-query heads."""
 
     name = "torch"
+    refuses: ClassVar[Mapping[str, str]] = OPTIONS
 
-    def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Needs equal head dims and a CPU."""
-        if q.dtype not in DTYPES:
-            return f"dtype {q.dtype}"
-        if q.shape[-1] != v.shape[-1]:
-            return f"head dim {q.shape[-1]} of queries and {v.shape[-1]} of values"
-        return None
+    def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Needs one of the usual dtypes."""
+        return None if q.dtype in DTYPES else f"dtype {q.dtype}"
 
     def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
-        """Full blocks whole, long diagonals as squares, everything else in masked strips."""
+        """Full blocks whole, long prefixes apart, long diagonals as squares, everything else in masked strips."""
         wide = q.dtype in (torch.float32, torch.float64)
         rows, square_from = (128, 2049) if wide else (256, 769)
         side = causal_square(task)
         if task.is_full or (is_square_causal(task) and task.nq <= rows):
             yield task
+        elif side and task.hi >= rows:  # keys that every row sees need no mask
+            yield Task(task.q, task.nq, task.k, task.hi, -UNBOUNDED, UNBOUNDED)
+            yield from self.blocks(Task(task.q, task.nq, task.k + task.hi, task.nk - task.hi, -UNBOUNDED, 0), q)
         elif side >= square_from:
             yield from around_square(task, side)
         else:
             yield from strips(task, rows, WIDEST)
 
-    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Task, scale: float) -> tuple[Tensor, Tensor]:
-        """See :meth:`BlockKernel.block_forward`."""
-        causal, mask = self._masking(block, q)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            unit_stride(q), unit_stride(k), unit_stride(v), 0.0, causal, attn_mask=mask, scale=scale
-        )
-        return out.transpose(1, 2), lse.transpose(1, 2)
+    def block_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> tuple[Tensor, Tensor]:
+        """See :meth:`BlockKernel.block_forward`.
 
-    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, scale: float) -> Gradients:
+        Zeros appended to the narrower of queries and values change no score, and no channel that was there.
+        """
+        causal, mask = self._masking(block, q)
+        channels = max(q.shape[-1], v.shape[-1])
+        tensors: list[Any] = [unit_stride(padded(x, channels)) for x in (q, k, v)]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *tensors, 0.0, causal, attn_mask=mask, scale=softmax.scale
+        )
+        return narrowed(out.transpose(1, 2), v.shape[-1]), lse.transpose(1, 2)
+
+    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> Gradients:
         """See :meth:`BlockKernel.block_backward`.
 
-        The gradient of ``lse`` enters through one more channel in which q, k and v are 0, the incoming gradient is 1
-        and the output is minus that gradient: the kernel's row sum of output times gradient then has it subtracted.
+        The gradient of ``lse`` enters through one more channel of the values in which v is 0, the incoming gradient is
+        1 and the output is minus that gradient: the kernel's row sum of output times gradient then has it subtracted.
         """
         causal, mask = self._masking(block, saved.q)
         q, out, grad_out = saved.q, saved.out, saved.grad_out
-        channels = q.shape[-1]
         if saved.grad_lse is not None:
-            q, k, v = (_with_channel(x, 0.0) for x in (q, k, v))
             out = torch.cat([out, -saved.grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
-            grad_out = _with_channel(grad_out, 1.0)
-        tensors: list[Any] = [unit_stride(x) for x in (grad_out, q, k, v, out)]
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *tensors, saved.lse.transpose(1, 2), 0.0, causal, attn_mask=mask, scale=scale
+            grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
+        channels = max(q.shape[-1], out.shape[-1])
+        tensors: list[Any] = [unit_stride(padded(x, channels)) for x in (grad_out, q, k, v, out)]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *tensors, saved.lse.transpose(1, 2), 0.0, causal, attn_mask=mask, scale=softmax.scale
         )
-        return Gradients(*(x.transpose(1, 2)[..., :channels] for x in (dq, dk, dv)))
+        widths = (q.shape[-1], k.shape[-1], v.shape[-1])
+        return Gradients(*(narrowed(x.transpose(1, 2), width) for x, width in zip(grads, widths, strict=True)))
 
     @staticmethod
     def _masking(block: Task, q: Tensor) -> tuple[bool, Tensor | None]:
@@ -110,7 +133,3 @@ class TorchCpuKernel(BlockKernel):
         if is_square_causal(block):
             return True, None
         return False, additive_mask(block, q.dtype, q.device)
-
-
-def _with_channel(x: Tensor, value: float) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 1), value=value)

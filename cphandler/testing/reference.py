@@ -6,90 +6,246 @@ over a dense score matrix, rope is a product of complex numbers, a roll is a loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from cphandler.mask import Bands, Causal, Full, Mask, SlidingWindow
+from cphandler.mask import (
+    AcrossDocuments,
+    Bands,
+    BlockCausal,
+    Causal,
+    Chunked,
+    Full,
+    Mask,
+    PerDocument,
+    PrefixLM,
+    PrefixWindow,
+    SharedQuestion,
+    SlidingWindow,
+)
 from cphandler.sequence import Documents
 
 
-def _allowed(mask: Mask, query: Tensor, key: Tensor) -> Tensor:
-    """Whether a mask lets queries see keys, by global index, documents aside."""
-    if isinstance(mask, Causal):
-        return key <= query
-    if isinstance(mask, Full):
-        return torch.ones_like(query + key, dtype=torch.bool)
-    if isinstance(mask, SlidingWindow):
-        return (key >= query - mask.left) & (key <= query + mask.right)
-    seen = torch.zeros_like(query + key, dtype=torch.bool)
-    for q0, q1, k0, k1, lo, hi in mask.rows if isinstance(mask, Bands) else ():
+def visible_pairs(
+    mask: Mask,
+    documents: Documents,
+    valid: Tensor | None = None,
+    *,
+    key_documents: Documents | None = None,
+    key_valid: Tensor | None = None,
+) -> Tensor:
+    """``[Sq, Sk]`` bool: whether query row i sees key row j.
+
+    Args:
+        mask: one of the library's masks.
+        documents: the packed documents of the queries; their physical offsets separate what may not mix.
+        valid: ``[Sq]`` bool, real queries; None takes those of ``documents``.
+        key_documents: the packed documents of the keys, as many as the queries'; None is self attention.
+        key_valid: ``[Sk]`` bool, real keys; None takes those of ``key_documents``, and the queries' in self attention.
+
+    Raises:
+        TypeError: a mask this reference has no definition of.
+        ValueError: documents of unequal length under a mask that does not say where its diagonal lies.
+    """
+    valid = _real(documents) if valid is None else valid
+    if key_valid is None:
+        key_valid = valid if key_documents is None else _real(key_documents)
+    queries = _each(valid, documents)
+    keys = _each(key_valid, documents if key_documents is None else key_documents)
+    return _allowed(mask, queries, keys) & valid[:, None] & key_valid[None]
+
+
+def _real(documents: Documents) -> Tensor:
+    real = torch.zeros(documents.num_tokens, dtype=torch.bool)
+    for start, stop in documents.runs.tolist():
+        real[start:stop] = True
+    return real
+
+
+def _each(valid: Tensor, documents: Documents) -> list[Tensor]:
+    """Which tokens are real, document by document."""
+    return list(valid.split(documents.lengths.tolist())) if documents.num_documents else []
+
+
+def _allowed(mask: Mask, queries: list[Tensor], keys: list[Tensor]) -> Tensor:
+    """Whether queries see keys, given which are real in each document; pairs of tokens that are not are still in."""
+    if isinstance(mask, AcrossDocuments):
+        return _allowed(mask.mask, [torch.cat([_NONE, *queries])], [torch.cat([_NONE, *keys])])
+    if isinstance(mask, Bands):
+        return _in_rows(mask, sum(map(len, queries)), sum(map(len, keys)))
+    seen = torch.zeros(sum(map(len, queries)), sum(map(len, keys)), dtype=torch.bool)
+    i = j = 0
+    for number, (query, key) in enumerate(zip(queries, keys, strict=True)):
+        block = seen[i : i + len(query), j : j + len(key)]
+        if isinstance(mask, PerDocument):
+            block |= _allowed(mask.masks[number], [query], [key])
+        else:
+            block |= _in_document(_of_document(mask, number), query, key)
+        i, j = i + len(query), j + len(key)
+    return seen
+
+
+def _in_document(mask: Mask, real_queries: Tensor, real_keys: Tensor) -> Tensor:
+    """Whether queries see keys of one document, from their positions in it."""
+    query, key = torch.arange(len(real_queries))[:, None], torch.arange(len(real_keys))[None]
+    if isinstance(mask, (Causal, SlidingWindow)):
+        query = query + _diagonal(mask, real_queries, real_keys)
+    return _DEFINITIONS.get(type(mask), _unknown)(mask, query, key).expand(len(real_queries), len(real_keys))
+
+
+def _diagonal(mask: Causal | SlidingWindow, real_queries: Tensor, real_keys: Tensor) -> int:
+    """The key beside query 0, by its position in the document; it may lie outside."""
+    if mask.align is None and len(real_queries) != len(real_keys):
+        raise ValueError(f"{len(real_queries)} queries, {len(real_keys)} keys and no align")
+    if mask.align != "bottom_right" or not (real_queries.any() and real_keys.any()):
+        return 0
+    return int(real_keys.nonzero().max() - real_queries.nonzero().max())
+
+
+def _of_document(mask: Mask, number: int) -> Mask:
+    """The mask with the numbers of one document."""
+    if isinstance(mask, PrefixLM) and isinstance(mask.prefix, tuple):
+        return PrefixLM(mask.prefix[number])
+    if isinstance(mask, SharedQuestion) and isinstance((mask.segments or (0,))[0], tuple):
+        return SharedQuestion(mask.segments[number])  # type: ignore[arg-type]
+    return mask
+
+
+def _unknown(mask: Mask, query: Tensor, key: Tensor) -> NoReturn:
+    raise TypeError(f"no dense definition of {type(mask).__name__}")
+
+
+def _in_shared_question(mask: SharedQuestion, query: Tensor, key: Tensor) -> Tensor:
+    ends = torch.tensor(mask.segments, dtype=torch.int64).cumsum(0)
+    query_segment, key_segment = ((token[..., None] >= ends).sum(-1) for token in (query, key))
+    return (key <= query) & ((key_segment == 0) | (key_segment == query_segment))
+
+
+def _in_rows(mask: Bands, num_queries: int, num_keys: int) -> Tensor:
+    query, key = torch.arange(num_queries)[:, None], torch.arange(num_keys)[None]
+    seen = torch.zeros(num_queries, num_keys, dtype=torch.bool)
+    for q0, q1, k0, k1, lo, hi in mask.rows:
         inside = (query >= q0) & (query < q1) & (key >= k0) & (key < k1)
         seen |= inside & (key - query >= lo) & (key - query <= hi)
     return seen
 
 
-def visible_pairs(mask: Mask, documents: Documents, valid: Tensor | None = None) -> Tensor:
-    """``[S, S]`` bool: whether query row i sees key row j.
+_NONE = torch.zeros(0, dtype=torch.bool)
 
-    Args:
-        mask: one of the library's masks.
-        documents: the packed documents; their physical offsets separate what may not mix.
-        valid: ``[S]`` bool, real tokens; None takes those of ``documents``.
+_DEFINITIONS: dict[type[Mask], Callable[[Any, Tensor, Tensor], Tensor]] = {
+    Causal: lambda mask, query, key: key <= query,
+    Full: lambda mask, query, key: torch.ones_like(query + key, dtype=torch.bool),
+    SlidingWindow: lambda mask, query, key: (key >= query - mask.left) & (key <= query + mask.right),
+    PrefixLM: lambda mask, query, key: (key <= query) | ((query < mask.prefix) & (key < mask.prefix)),
+    BlockCausal: lambda mask, query, key: key // mask.block <= query // mask.block,
+    Chunked: lambda mask, query, key: (key <= query) & (key // mask.chunk == query // mask.chunk),
+    PrefixWindow: lambda mask, query, key: (key <= query) & ((key < mask.prefix) | (query - key <= mask.left)),
+    SharedQuestion: _in_shared_question,
+}
+"""Each mask inside one document, from token positions ``query [n, 1]`` and ``key [1, m]``."""
 
-    Raises:
-        TypeError: a mask this reference has no definition of.
-    """
-    if not isinstance(mask, (Causal, Full, SlidingWindow, Bands)):
-        raise TypeError(f"no dense definition of {type(mask).__name__}")
-    index = torch.arange(documents.num_tokens)
-    seen = _allowed(mask, index[:, None], index[None])
-    if not isinstance(mask, Bands):
-        document = torch.zeros(documents.num_tokens, dtype=torch.int64)
-        for i in range(documents.num_documents):
-            document[documents.offsets[i] : documents.offsets[i + 1]] = i
-        seen &= document[:, None] == document[None]
-    if valid is None:
-        valid = torch.zeros(documents.num_tokens, dtype=torch.bool)
-        for start, stop in documents.runs.tolist():
-            valid[start:stop] = True
-    return seen & valid[:, None] & valid[None]
+
+def _heads_first(tensor: Tensor, qkv_format: str) -> Tensor:
+    """``[B, N, S, D]`` of a global tensor."""
+    if qkv_format == "thd":
+        return tensor.movedim(0, 1).unsqueeze(0)
+    return tensor.permute({"sbhd": (1, 2, 0, 3), "bshd": (0, 2, 1, 3)}[qkv_format])
+
+
+def _heads_back(tensor: Tensor, qkv_format: str) -> Tensor:
+    """The format's order of a ``[B, N, S]`` or ``[B, N, S, D]`` tensor."""
+    if qkv_format == "thd":
+        return tensor.squeeze(0).movedim(0, 1)
+    back = {"sbhd": (2, 0, 1), "bshd": (0, 2, 1)}[qkv_format]
+    return tensor.permute(*back, *range(3, tensor.dim()))
+
+
+def _for_query_heads(tensor: Tensor, num_heads: int) -> Tensor:
+    """``[B, N, S, D]`` of ``[B, G, S, D]``: query heads in equal runs share a head."""
+    return torch.stack([tensor] * (num_heads // tensor.shape[1]), dim=2).flatten(1, 2)
+
+
+def _scaled_scores(query: Tensor, key: Tensor, softmax_scale: float | None) -> Tensor:
+    """``[B, N, Sq, Sk]`` from ``[B, N, Sq, D]`` and ``[B, G, Sk, D]``."""
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return torch.einsum("bnsd,bntd->bnst", query, _for_query_heads(key, query.shape[1])) * scale
+
+
+def _per_head(visible: Tensor) -> Tensor:
+    return (visible if visible.dim() == 3 else visible.unsqueeze(0)).unsqueeze(1)
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, qkv_format: str, softmax_scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    *,
+    qkv_format: str,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over a dense score matrix, in the dtype of the inputs; pass float64.
 
     Args:
-        query: global ``[S, B, N, D]``, ``[B, S, N, D]`` or ``[T, N, D]``.
-        key: the same with G heads.
-        value: the same with G heads and head dim D_v.
-        visible: ``[S, S]`` or ``[B, S, S]`` bool.
+        query: global ``[Sq, B, N, D]``, ``[B, Sq, N, D]`` or ``[T, N, D]``.
+        key: the same with Sk rows and G heads.
+        value: as the key, with head dim D_v.
+        visible: ``[Sq, Sk]`` or ``[B, Sq, Sk]`` bool.
+        qkv_format: order of dims.
+        softmax_scale: factor on the scores; None is ``D ** -0.5``.
+        softcap: scores beyond it are bent back by ``softcap * tanh(score / softcap)``; None for none.
+        sinks: ``[N]``, one logit more per head in the denominator of every row that sees something; it has no value.
+        keep: ``[B or 1, N, Sq, Sk]`` bool, the weights that dropout keeps; None keeps all.
+        dropout_p: kept weights are divided by ``1 - dropout_p``; the log-sum-exp is not touched.
+
+    Returns:
+        ``out`` in the query's format, zero where a row sees nothing, and ``lse`` of its shape without the last dim,
+        ``-inf`` there, the sink included elsewhere. Differentiable by autograd.
+    """
+    q, k, v = (_heads_first(x, qkv_format) for x in (query, key, value))
+    visible = _per_head(visible)
+    some = visible.any(-1, keepdim=True)
+    scores = _scaled_scores(q, k, softmax_scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    logits = scores.masked_fill(~some, 0.0)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[None, :, None, None].expand(*logits.shape[:3], 1)], dim=-1)
+    lse = torch.logsumexp(logits, dim=-1).masked_fill(~some.squeeze(-1), 0.0)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~visible, 0.0)
+    if keep is not None:
+        weights = weights * keep / (1.0 - dropout_p)
+    out = torch.einsum("bnst,bntd->bnsd", weights, _for_query_heads(v, q.shape[1]))
+    lse = lse.masked_fill(~some.squeeze(-1), float("-inf"))
+    return _heads_back(out, qkv_format), _heads_back(lse, qkv_format)
+
+
+def dense_max_logit(
+    query: Tensor, key: Tensor, visible: Tensor, *, qkv_format: str, softmax_scale: float | None = None
+) -> Tensor:
+    """``[N]`` largest scaled score of each head over the pairs that see each other, before any softcap.
+
+    Args:
+        query: see :func:`dense_attention`, as for the others.
+        key: the same with Sk rows and G heads.
+        visible: ``[Sq, Sk]`` or ``[B, Sq, Sk]`` bool.
         qkv_format: order of dims.
         softmax_scale: factor on the scores; None is ``D ** -0.5``.
 
     Returns:
-        ``out`` in the query's format, zero where a row sees nothing, and ``lse`` of its shape without the last dim,
-        ``-inf`` there. Differentiable by autograd.
+        ``-inf`` for a head where nobody sees anything.
     """
-    to_bnsd = {"sbhd": (1, 2, 0, 3), "bshd": (0, 2, 1, 3)}.get(qkv_format)
-    q, k, v = (x.movedim(0, 1).unsqueeze(0) if to_bnsd is None else x.permute(to_bnsd) for x in (query, key, value))
-    times = q.shape[1] // k.shape[1]
-    k, v = (torch.stack([x] * times, dim=2).flatten(1, 2) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    visible = (visible if visible.dim() == 3 else visible.unsqueeze(0)).unsqueeze(1)
-    scores = (torch.einsum("bnsd,bntd->bnst", q, k) * scale).masked_fill(~visible, float("-inf"))
-    some = visible.any(-1, keepdim=True)
-    lse = torch.logsumexp(scores.masked_fill(~some, 0.0), dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~visible, 0.0)
-    out = torch.einsum("bnst,bntd->bnsd", weights, v)
-    lse = lse.masked_fill(~some.squeeze(-1).expand_as(lse), float("-inf"))
-    if to_bnsd is None:
-        return out.squeeze(0).movedim(0, 1), lse.squeeze(0).movedim(0, 1)
-    back = {"sbhd": (2, 0, 1), "bshd": (0, 2, 1)}[qkv_format]
-    return out.permute(*back, 3), lse.permute(back)
+    scores = _scaled_scores(_heads_first(query, qkv_format), _heads_first(key, qkv_format), softmax_scale)
+    heads = scores.masked_fill(~_per_head(visible), float("-inf")).transpose(0, 1).flatten(1)
+    return torch.cat([heads, heads.new_full((len(heads), 1), float("-inf"))], dim=1).amax(1)
 
 
 def dense_gradients(
@@ -100,20 +256,39 @@ def dense_gradients(
     *,
     qkv_format: str,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output, log-sum-exp and the gradients of query, key and value, in float64.
+    """Output, log-sum-exp and the gradients of query, key and value, and of the sinks where given, in float64.
 
     Args:
         tensors: global query, key, value.
-        visible: see :func:`dense_attention`.
+        visible: see :func:`dense_attention`, as for the options.
         grad_out: gradient of the output, in its shape. Rows that see nothing pass none on.
         grad_lse: gradient of the log-sum-exp; None for none.
         qkv_format: order of dims.
         softmax_scale: factor on the scores.
+        softcap: bound on the scores; None for none.
+        sinks: ``[N]`` logits without a value; None for none.
+        keep: the weights that dropout keeps; None keeps all.
+        dropout_p: what kept weights are scaled for.
     """
-    leaves = [x.detach().double().requires_grad_() for x in tensors]
-    q, k, v = leaves
-    out, lse = dense_attention(q, k, v, visible, qkv_format=qkv_format, softmax_scale=softmax_scale)
+    leaves = [x.detach().double().requires_grad_() for x in (*tensors, *(() if sinks is None else (sinks,)))]
+    q, k, v = leaves[:3]
+    out, lse = dense_attention(
+        q,
+        k,
+        v,
+        visible,
+        qkv_format=qkv_format,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        sinks=None if sinks is None else leaves[3],
+        keep=keep,
+        dropout_p=dropout_p,
+    )
     total = (out * grad_out.double()).sum()
     if grad_lse is not None:
         finite = torch.isfinite(lse)

@@ -1,0 +1,26 @@
+"""``python -m cphandler``: see :mod:`cphandler.cli`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from cphandler.errors import MissingPackageError
+
+
+def main() -> None:
+    """Run the command line.
+
+    Raises:
+        MissingPackageError: typer or rich is not installed.
+    """
+    try:
+        app = import_module("cphandler.cli").app
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "the command line needs a package that is not installed", got=error.name, fix="pip install 'cphandler[cli]'"
+        ) from error
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Putting together attention over disjoint sets of keys: in place for kernels, differentiable for models.
+
+Attention over the union of two sets is the average of the two outputs weighted by ``exp(lse)`` (Rabe and Staats,
+*Self-attention Does Not Need O(n^2) Memory*, arXiv:2112.05682, section 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cphandler.comm import accumulator_dtype
+from cphandler.errors import InvalidTypeError, InvalidValueError
+
+
+def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge a block's attention over further keys into ``out`` and ``lse``, in place.
+
+    ``out`` becomes the average of both weighted by ``exp(lse)``. Where both are ``-inf`` the result is 0 and ``-inf``;
+    where one is, it is the other to the last bit.
+    """
+    weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0)
+    out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
+    lse.copy_(torch.logaddexp(lse, block_lse))
+
+
+def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from attention over each; differentiable in all four.
+
+    Where one ``lse`` is ``-inf`` (a row that saw nothing) the result is the other pair to the last bit. Where both are,
+    it is 0 and ``-inf``, and all gradients are 0, whatever the outputs hold there. Computed in float32, float64 for
+    float64. The gradient cannot be differentiated again.
+
+    Args:
+        out1: ``[..., D]``, attention over the first keys.
+        lse1: ``[...]``, natural log-sum-exp of its scaled scores; float32, float64 if ``out1`` is float64.
+        out2: like ``out1``, over the second keys.
+        lse2: like ``lse1``, over the second keys.
+
+    Returns:
+        ``out [..., D]`` in the dtype of ``out1``, and ``lse [...]`` in the dtype of ``lse1``.
+
+    Raises:
+        InvalidTypeError: no tensors, or wrong dtypes.
+        InvalidValueError: wrong shapes, or several devices.
+    """
+    _check({"out1": out1, "lse1": lse1, "out2": out2, "lse2": lse2})
+    out, lse = _Merge.apply(out1, lse1, out2, lse2)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def _check(named: dict[str, Any]) -> None:
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise InvalidTypeError(f"{name} must be a tensor", got=type(x).__name__)
+    out1, lse1, out2, lse2 = named.values()
+    if not out1.is_floating_point() or out1.dtype != out2.dtype:
+        raise InvalidTypeError("out1 and out2 must share one floating-point dtype", got=f"{out1.dtype}, {out2.dtype}")
+    wanted = accumulator_dtype(out1.dtype)
+    if (lse1.dtype, lse2.dtype) != (wanted, wanted):
+        raise InvalidTypeError(
+            f"lse1 and lse2 must be {wanted} beside outputs in {out1.dtype}",
+            got=f"{lse1.dtype}, {lse2.dtype}",
+            fix="return_lse=True gives it so; cast what comes from elsewhere",
+        )
+    if out1.dim() == 0 or out1.shape != out2.shape:
+        raise InvalidValueError(
+            "out1 and out2 must have one shape [..., D]", got=f"{list(out1.shape)}, {list(out2.shape)}"
+        )
+    if not lse1.shape == lse2.shape == out1.shape[:-1]:
+        raise InvalidValueError(
+            f"lse1 and lse2 must be {list(out1.shape[:-1])}, the outputs' shape without its last dim",
+            got=f"{list(lse1.shape)}, {list(lse2.shape)}",
+        )
+    if len({x.device for x in named.values()}) > 1:
+        raise InvalidValueError("all four must be on one device", got=", ".join(str(x.device) for x in named.values()))
+
+
+def _share(lse: Tensor, other: Tensor) -> Tensor:
+    """Weight of a side, ``[..., 1]``; 0 for one that saw nothing, also where the other one saw nothing either."""
+    return torch.sigmoid(lse - other).masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1)
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(out1, lse1, out2, lse2)
+        ctx.set_materialize_grads(False)
+        first, second = out1.to(lse1.dtype), out2.to(lse1.dtype)
+        blind1, blind2 = lse1 == float("-inf"), lse2 == float("-inf")
+        out = first * _share(lse1, lse2) + second * _share(lse2, lse1)
+        # Chosen, not multiplied by 0 and 1: a side that saw nothing may hold NaN, and zeros must keep their sign.
+        out = torch.where(blind1.unsqueeze(-1), second, torch.where(blind2.unsqueeze(-1), first, out))
+        out = out.masked_fill((blind1 & blind2).unsqueeze(-1), 0.0)
+        lse = torch.where(blind1, lse2, torch.where(blind2, lse1, torch.logaddexp(lse1, lse2)))
+        return out.to(out1.dtype), lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """With shares w1 + w2 = 1: d out = w1 d out1 + w2 d out2 + w1 w2 (out1 - out2) (d lse1 - d lse2)."""
+        out1, lse1, out2, lse2 = ctx.saved_tensors
+        share1, share2 = _share(lse1, lse2), _share(lse2, lse1)
+        of_lse1 = of_lse2 = torch.zeros_like(lse1)
+        of_out1 = of_out2 = None
+        if grad_out is not None:
+            grad_out = grad_out.to(lse1.dtype)
+            of_out1, of_out2 = (_kept(share, grad_out * share).to(out1.dtype) for share in (share1, share2))
+            both = share1 * share2
+            pull = _kept(both, both * grad_out * (out1.to(lse1.dtype) - out2.to(lse1.dtype))).sum(-1)
+            of_lse1, of_lse2 = pull, -pull
+        if grad_lse is not None:
+            of_lse1, of_lse2 = (
+                of_lse + _kept(share, grad_lse.unsqueeze(-1) * share).squeeze(-1)
+                for of_lse, share in ((of_lse1, share1), (of_lse2, share2))
+            )
+        return of_out1, of_lse1, of_out2, of_lse2
+
+
+def _kept(share: Tensor, grad: Tensor) -> Tensor:
+    """A gradient, 0 where a share is: what such rows hold or are sent may be NaN, which 0 times it would stay."""
+    return grad.masked_fill(share == 0, 0.0)
