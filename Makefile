@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all check format lint types build bench clean
+.PHONY: help demo test test-all check format lint types build bench precision clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -59,6 +59,10 @@ build: $(VENV)/installed
 ## make bench     attention under every backend beside the plain kernel on one rank
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/attention.py $(BENCH)
+
+## make precision the error of bfloat16 on 1, 2, 4 and 8 ranks
+precision: $(VENV)/installed
+	$(BIN)/python benchmarks/precision.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -57,4 +57,6 @@ def layered(classes: tuple[type[LayoutHandler], ...]) -> type[LayeredHandler]:
     features = frozenset.intersection(*(table.features for table in tables))
     features |= {"ulysses_degree"} if any("ulysses_degree" in table.features for table in tables) else set()
     table = Capabilities(layouts=layouts, features=features)
-    return type("LayeredHandler", (LayeredHandler,), {"classes": classes, "capabilities": table})
+    two_level = any(handler_cls.two_level for handler_cls in classes)
+    facts = {"classes": classes, "capabilities": table, "two_level": two_level}
+    return type("LayeredHandler", (LayeredHandler,), facts)

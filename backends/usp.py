@@ -42,7 +42,8 @@ class USPHandler(LayoutHandler):
 
     def make_site(self, exchange: str, ordered: bool) -> Site:
         """The outer exchange runs between the unions of inner shards."""
-        return super().make_site(exchange, ordered) if exchange == "none" else self._unions.site(exchange)
+        alone = self._levels.inner.size == 1
+        return super().make_site(exchange, ordered) if alone else self._unions.site(exchange)
 
     def core_attn(
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]

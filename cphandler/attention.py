@@ -6,8 +6,10 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.plan import Plan
 from cphandler.tasks import OWNER
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class AttentionResult(NamedTuple):
@@ -191,7 +196,20 @@ class _Weighting:
         return self._plain._replace(dropout=Dropout(self._p, self._states, keys))
 
 
+def _without_autocast(operation: Callable[P, T]) -> Callable[P, T]:
+    """Autocast reaches into operators; dtypes are settled here, and scores must stay in the accumulator's."""
+
+    @wraps(operation)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        first: Any = args[0]
+        with torch.autocast(first.device.type, enabled=False):
+            return operation(*args, **kwargs)
+
+    return run
+
+
 @torch.library.custom_op("cphandler::attention_forward", mutates_args=())
+@_without_autocast
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -246,6 +264,7 @@ def _sink_gradient(sinks: Tensor, saved: Saved) -> Tensor:
 
 
 @torch.library.custom_op("cphandler::attention_backward", mutates_args=())
+@_without_autocast
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -283,6 +302,7 @@ def attention_backward(
 
 
 @torch.library.custom_op("cphandler::largest_scores", mutates_args=())
+@_without_autocast
 def largest_scores(
     q: Tensor,
     k: Tensor,

@@ -160,15 +160,15 @@ class AttentionCall:
         options = options if settings is None else settings.applied_to(options)
         q, k, v = (batch_first(x, rules.qkv_format) for x in tensors)
         _check_sinks(options.sinks, q)
-        if options.dropout_p and options.dropout_seed is None:
+        if options.dropout_p and (options.dropout_seed is None or options.layer_number is None):
             raise InvalidValueError(
-                "dropout needs a dropout_seed",
-                got=f"dropout_p {options.dropout_p}",
-                fix="pass dropout_seed=, the same on all ranks of the group and another in every step",
+                "dropout needs a dropout_seed and a layer_number",
+                got=f"dropout_p {options.dropout_p}, seed {options.dropout_seed}, layer {options.layer_number}",
+                fix="pass dropout_seed=, the same on all ranks and another in every step, and layer_number= from 1",
             )
         scale = float(q.shape[-1]) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
         chosen = mask if options.mask is None else make_mask(options.mask)
-        asked = {"softcap": options.softcap is not None, "dropout": options.dropout_p > 0}
+        asked = {"softcap": options.softcap is not None, "dropout": bool(options.dropout_p)}
         name = select_kernel(config.kernel, q, k, v, deterministic=config.deterministic, **asked)
         form = rules.qkv_format
         return cls(q, k, v, module, chosen, scale, name, exchange, form, options, settings, options.sinks, 0, ())
@@ -194,6 +194,8 @@ class AttentionCall:
         asked = [name for name in self.options.features if name != "softmax_scale"]
         if self.options.dropout_p:
             asked.append(f"p {self.options.dropout_p} seed {self.options.dropout_seed}")
+        if self.sinks is not None:
+            asked.append(kind_of(self.sinks))
         if self.options.layer_number is not None:
             asked.append(f"layer {self.options.layer_number}")
         return f"({tensors}; {how}, scale {self.scale:g}{''.join(', ' + word for word in asked)})"

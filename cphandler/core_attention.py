@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
@@ -20,7 +21,7 @@ class OptionalArguments(TypedDict, total=False):
     softmax_scale: float | None
     softcap: float | None
     sinks: Tensor | None
-    dropout_p: float
+    dropout_p: float | None
     dropout_seed: int | None
     return_lse: bool
     return_max_logit: bool
@@ -31,15 +32,16 @@ class AttentionOptions:
     """Options of one ``core_attn`` call.
 
     Attributes:
-        layer_number: the layer's number, from 1; selects the algorithm where a handler has one per layer, and lets
-            layers under one ``dropout_seed`` drop different weights.
+        layer_number: the layer's number, from 1; selects the algorithm where a handler has one per layer, and is
+            required with dropout, so that layers under one seed drop different weights.
         mask: replaces the handler's mask for this call.
         softmax_scale: factor on the scores; None is ``D ** -0.5``.
         softcap: scaled scores s become ``softcap * tanh(s / softcap)``.
         sinks: ``[N]``: a learnable logit per head that takes part in every row's softmax and has no value (gpt-oss).
             The log-sum-exp that is returned holds it. Its gradient is this rank's part: sum it over the group, as
             gradients of replicated parameters are (on the replicated layout it is complete on every rank).
-        dropout_p: probability that an attention weight is dropped; those kept are divided by ``1 - dropout_p``.
+        dropout_p: probability that an attention weight is dropped; those kept are divided by ``1 - dropout_p``. None
+            leaves it to the :class:`CoreAttention`; 0 switches its dropout off.
         dropout_seed: required with dropout. Which weights are dropped depends on the seed, the layer, the row of the
             batch, the head and both tokens' global positions, so that it is the same for any number of ranks.
         return_lse: also return the log-sum-exp of each row.
@@ -48,7 +50,7 @@ class AttentionOptions:
 
     Raises:
         InvalidTypeError: an option of a wrong type.
-        InvalidValueError: an option out of its range, or dropout without a seed.
+        InvalidValueError: an option out of its range.
     """
 
     layer_number: int | None = None
@@ -56,7 +58,7 @@ class AttentionOptions:
     softmax_scale: float | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
-    dropout_p: float = 0.0
+    dropout_p: float | None = None
     dropout_seed: int | None = None
     return_lse: bool = False
     return_max_logit: bool = False
@@ -64,8 +66,9 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         _check_int("layer_number", self.layer_number, least=1, wrong="layer_number counts from 1")
         _check_int("dropout_seed", self.dropout_seed, least=0, wrong="dropout_seed must not be negative")
-        _check_softcap(self.softcap)
-        _check_dropout(self.dropout_p)
+        _check_positive("softmax_scale", self.softmax_scale)
+        _check_positive("softcap", self.softcap)
+        _check_dropout(self.dropout_p or 0.0)
         if self.sinks is not None and not (isinstance(self.sinks, Tensor) and self.sinks.is_floating_point()):
             got = self.sinks.dtype if isinstance(self.sinks, Tensor) else type(self.sinks).__name__
             raise InvalidTypeError("sinks must be a floating-point tensor [N]", got=got)
@@ -77,7 +80,7 @@ class AttentionOptions:
             "softmax_scale": self.softmax_scale is not None,
             "softcap": self.softcap is not None,
             "sinks": self.sinks is not None,
-            "dropout": self.dropout_p > 0,
+            "dropout": bool(self.dropout_p),
             "return_lse": self.return_lse,
             "return_max_logit": self.return_max_logit,
         }
@@ -108,13 +111,17 @@ def _check_int(name: str, value: object, *, least: int, wrong: str) -> None:
         raise InvalidValueError(wrong, got=value)
 
 
-def _check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < float("inf")):
-        raise InvalidValueError("softcap must be a positive number", got=repr(softcap), fix="None leaves scores as are")
+def _check_positive(name: str, value: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidTypeError(f"{name} must be a number", got=repr(value), fix="scale queries for one that is learned")
+    if not 0 < value < float("inf"):
+        raise InvalidValueError(f"{name} must be a positive number", got=repr(value))
 
 
 def _check_dropout(dropout_p: float) -> None:
-    if not (isinstance(dropout_p, int | float) and 0 <= dropout_p < 1):
+    if not (isinstance(dropout_p, Real) and 0 <= dropout_p < 1):
         raise InvalidValueError("dropout_p must be a probability below 1", got=repr(dropout_p))
 
 
@@ -148,7 +155,8 @@ class CoreAttention(torch.nn.Module):
         record_max_logit: bool = False,
     ) -> None:
         super().__init__()
-        _check_softcap(softcap)
+        _check_positive("softmax_scale", softmax_scale)
+        _check_positive("softcap", softcap)
         _check_dropout(dropout_p)
         self.softmax_scale = softmax_scale
         self.softcap = softcap
@@ -163,7 +171,7 @@ class CoreAttention(torch.nn.Module):
         for name in ("softmax_scale", "softcap", "sinks"):
             if getattr(options, name) is None:
                 settings[name] = getattr(self, name)
-        if not options.dropout_p and self.training:
+        if options.dropout_p is None and self.training:
             settings["dropout_p"] = self.dropout_p
         return replace(options, **settings)
 

@@ -143,10 +143,12 @@ def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> typ
     layers = import_module("cphandler.backends.layered")
     classes = tuple(get_cp_handler_cls(backend, comm_type) for comm_type in comm_types)
     for comm_type, handler_cls in zip(comm_types, classes, strict=True):
-        if not issubclass(handler_cls, layers.LayoutHandler):
+        base = layers.LayoutHandler
+        if not issubclass(handler_cls, base) or handler_cls.prepare is not base.prepare:
             raise InvalidTypeError(
-                "only handlers over a Layout can share one from layer to layer",
+                "only handlers that leave the layout to the library can share one from layer to layer",
                 got=f"{handler_cls.__name__} for {comm_type!r}",
+                fix="a class of your own may set itself up in join() and refuse in admit(), but not override prepare()",
             )
     made: type[ContextParallelHandler] = layers.layered(classes)
     return made

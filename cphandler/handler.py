@@ -12,6 +12,7 @@ from cphandler.comm import device_of
 from cphandler.config import CPConfig
 from cphandler.core_attention import OptionalArguments
 from cphandler.dispatch import GradMode
+from cphandler.eager import eager
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layout import Layout
 from cphandler.mask import Mask, make_mask
@@ -54,6 +55,8 @@ class ContextParallelHandler(ABC):
         max_seqlen_kv: the same for keys; dense formats: another length means cross attention.
         key_padding_mask: dense formats: ``[B, S]`` bool over the keys, True for a real token; left padding, right
             padding and holes are all exact. In self attention it says which queries are real too.
+        cross_attention: True makes a key stream even where its documents are as long as the queries'; None leaves it to
+            the lengths, False refuses others.
         local_cp_size: dynamic context parallelism: how many ranks this batch uses; must be the size of ``cp_group``.
         mask: ``"causal"``, ``"full"`` or a :class:`Mask`.
         layout: a name, a :class:`Layout`, or None for the class's default; a pair of them for the two streams of cross
@@ -84,6 +87,7 @@ class ContextParallelHandler(ABC):
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
         key_padding_mask: Tensor | None = None,
+        cross_attention: bool | None = None,
         local_cp_size: int | None = None,
         mask: str | Mask = "causal",
         layout: LayoutSource = None,
@@ -106,9 +110,9 @@ class ContextParallelHandler(ABC):
         }
         lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_kv}
         if qkv_format == "thd":
-            queries, keys = packed_streams(offsets, lengths, key_padding_mask)
+            queries, keys = packed_streams(offsets, lengths, key_padding_mask, cross=cross_attention)
         else:
-            queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask)
+            queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask, cross=cross_attention)
         self.documents, self.padded_rows, self.max_seqlen_q = queries
         self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv = keys
         self.device = self._device(cu_seqlens_q, key_padding_mask)
@@ -338,6 +342,7 @@ class ContextParallelHandler(ABC):
         interleaved = bool(getattr(config, "rotary_interleaved", False))
         return self.rope(tensor, freqs, interleaved=interleaved, mscale=yarn_scale(config), stream=stream)
 
+    @eager
     def get_rotary_seq_len(self, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> int:
         """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank."""
         check_stream(stream)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cphandler.attention import AttentionResult
 from cphandler.attention_call import AttentionCall
+from cphandler.eager import eager
 from cphandler.errors import InvalidValueError
 from cphandler.intervals import Table
 from cphandler.mesh import CPGroup, TwoLevels
@@ -94,21 +95,21 @@ class HeadParallel:
     def gather(self, call: AttentionCall, result: AttentionResult) -> AttentionResult:
         """All heads of this rank's tokens, from a result over its heads of all the ranks' tokens."""
         split = self.split(call)
-        out = self._home(result.out, split)
-        lse = None
+        whole = [result.out]
         if call.return_lse and result.lse is not None:
-            lse = self._home(result.lse.unsqueeze(-1), split).squeeze(-1)
-            lse = lse.masked_fill(self.pads.view(1, -1, 1), float("-inf"))
+            whole.append(result.lse.unsqueeze(-1))
+        out, *rest = self._home(whole, split)
+        lse = rest[0].squeeze(-1).masked_fill(self.pads.view(1, -1, 1), float("-inf")) if rest else None
         largest = None
         if result.max_logit is not None:
             largest = result.max_logit.new_full((call.q.shape[2],), float("-inf"))
             largest[slice(*split.queries[self.group.rank])] = result.max_logit
         return AttentionResult(out, lse, largest)
 
-    def _home(self, x: Tensor, split: HeadSplit) -> Tensor:
+    def _home(self, tensors: list[Tensor], split: HeadSplit) -> list[Tensor]:
         if self.replicated:
-            return gather_heads(x, split.queries, self.group.name)
-        return gather_heads_scatter_seq(x, split.queries, self.queries, self.group.name)
+            return gather_heads(tensors, split.queries, self.group.name)
+        return gather_heads_scatter_seq(tensors, split.queries, self.queries, self.group.name)
 
 
 class InnerUnions:
@@ -129,6 +130,7 @@ class InnerUnions:
         queries, keys = (stream.layout.merged(size) for stream in (self._pair.queries, self._pair.keys))
         return Site(self._pair, (queries, keys), outer.rank, exchange if outer.size > 1 else "none", outer.name)
 
+    @eager
     def heads(self, pads: Tensor) -> HeadParallel:
         """The split of the heads inside; the same orders as those of the site's layouts.
 

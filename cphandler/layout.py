@@ -176,7 +176,7 @@ class Layout:
         shifts = np.arange(copies, dtype=np.int64)
         spans = []
         for rank_spans in self.spans:
-            repeated = np.concatenate([rank_spans] * copies)
+            repeated = np.concatenate([rank_spans] * copies) if copies else rank_spans[:0].copy()
             repeated[:, START] += np.repeat(shifts * self.num_tokens, len(rank_spans))
             repeated[:, LOCAL] += np.repeat(shifts * self.num_local_tokens, len(rank_spans))
             spans.append(repeated)

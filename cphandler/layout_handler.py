@@ -12,12 +12,14 @@ from cphandler import comm
 from cphandler.attention import AttentionResult, Terms, attention, max_logit
 from cphandler.attention_call import AttentionCall, TensorRules, batch_first, from_batch_first
 from cphandler.core_attention import AttentionOptions, OptionalArguments
+from cphandler.eager import eager
 from cphandler.errors import InvalidValueError, UnsupportedError
 from cphandler.handler import LayoutSource
 from cphandler.kernels import get_kernel
 from cphandler.metadata import StreamMetadata
 from cphandler.rows_handler import RowsHandler
 from cphandler.site import Site
+from cphandler.stream import device_copy
 
 
 class LayoutHandler(RowsHandler):
@@ -34,13 +36,21 @@ class LayoutHandler(RowsHandler):
         super().prepare(layout)
 
     def shared_as(self, handler_cls: type[LayoutHandler]) -> LayoutHandler:
-        """Another class's handler over this one's batch: the same streams, group and check, sites of its own."""
+        """Another class's handler over this one's batch: the same streams, group and check, sites of its own.
+
+        Raises:
+            UnsupportedError: what that class does not serve.
+        """
         other = object.__new__(handler_cls)
         other.__dict__.update(self.__dict__)
         other._sites = {}
+        if "ulysses_degree" not in handler_cls.capabilities.features:  # meant for other layers
+            other.config = self.config.model_copy(update={"ulysses_degree": None})
+        other.admit()
         other.join()
         return other
 
+    @eager
     def attention_call(
         self,
         attn_mod: Any,
@@ -89,6 +99,8 @@ class LayoutHandler(RowsHandler):
             features.append("value_head_dim")
         if call.module is not None:
             features.append("own_attention")
+        if call.wants_max_logit:
+            features.append("return_max_logit")
         self.capabilities.require(type(self).__name__, *features)
         if call.module is None:
             return
@@ -130,12 +142,20 @@ class LayoutHandler(RowsHandler):
         batch, rows, heads = q.shape[:3]
         if self.kv_padded_rows is not None:  # rows of a batch with padding are laid end to end
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-        site = self.site(call)
-        plan, places, terms = site.plan(call.mask), site.places(q.device), self._terms(call, site)
-        positions = site.positions(q.device) if terms.dropout_p else None
+        plan, terms, places, positions = self._prepared(call, q.device)
         out, lse = attention(q, k, v, plan, terms, sinks=call.sinks, places=places, positions=positions)
         largest = max_logit(q, k, plan, terms, places) if call.wants_max_logit else None
         return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
+
+    @eager
+    def _prepared(
+        self, call: AttentionCall, device: torch.device
+    ) -> tuple[Tensor, Terms, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """The packed plan of a call and what else the operator takes."""
+        site = self.site(call)
+        terms = self._terms(call, site)
+        positions = site.positions(device) if terms.dropout_p else None
+        return site.plan(call.mask), terms, site.places(device), positions
 
     def _terms(self, call: AttentionCall, site: Site) -> Terms:
         options = call.options
@@ -146,7 +166,7 @@ class LayoutHandler(RowsHandler):
             group_name=site.group_name,
             wire=self.config.gradient_wire_dtype or "",
             softcap=float(options.softcap or 0.0),
-            dropout_p=float(options.dropout_p),
+            dropout_p=float(options.dropout_p or 0.0),
             dropout_seed=options.dropout_seed or 0,
             layer=options.layer_number or 0,
             first_head=call.first_head,
@@ -209,7 +229,7 @@ class LayoutHandler(RowsHandler):
                 "attn_mod must return [..., heads, D_v] in qkv_format", got=got, fix=f"expected {list(expected)}"
             )
         if self.documents.has_padding:
-            kept = torch.from_numpy(self.documents.valid_tokens()).to(out.device)
+            kept = device_copy(self.documents.valid_tokens, out.device)
             out = out.new_zeros(self.documents.num_tokens, *out.shape[1:]).index_copy(0, kept, out)
         return batch_first(out, self.qkv_format)
 
@@ -218,7 +238,7 @@ def _without_padding(x: Tensor, stream: StreamMetadata) -> Tensor:
     """The rows of real tokens."""
     if not stream.documents.has_padding:
         return x
-    return x.index_select(0, torch.from_numpy(stream.documents.valid_tokens()).to(x.device))
+    return x.index_select(0, device_copy(stream.documents.valid_tokens, x.device))
 
 
 def _valid_offsets(stream: StreamMetadata, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -40,12 +40,14 @@ class CPGroup:
         rank: this process's rank in it.
         name: the name under which torch finds the process group; empty where there is none.
         source: what the caller passed.
+        degree: size of the inner dim of a 2-D mesh; None for anything else.
     """
 
     size: int
     rank: int
     name: str
     source: Any
+    degree: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ def resolve_group(cp_group: GroupSource, *, two_level: bool = False) -> CPGroup:
     source: Any = cp_group
     if hasattr(source, "get_group") and hasattr(source, "mesh_dim_names"):
         if two_level and source.ndim == 2:
-            return _resolve_process_group(_flat_group(source))
+            return replace(_resolve_process_group(_flat_group(source)), degree=source.size(1))
         if source.ndim != 1:
             raise InvalidValueError(
                 "this backend takes a 1-D device mesh",
                 got=f"{source.ndim} dims",
-                fix='pass mesh["cp"]; only a2a+p2p takes a 2-D (outer, inner) mesh',
+                fix='pass mesh["cp"]; only a2a+p2p and a2a+ring take a 2-D (outer, inner) mesh',
             )
         source = source.get_group()
     if isinstance(source, dist.ProcessGroup):
@@ -110,27 +112,22 @@ def _resolve_process_group(group: dist.ProcessGroup) -> CPGroup:
     return CPGroup(size, rank, name, group)
 
 
-_flat_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
-"""Of a 2-D mesh's outer group, the group of all its ranks."""
-
-_degrees: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
-"""Of such a group, the size of the mesh's inner dim."""
+_flat_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+"""Per outer group of 2-D meshes, the group of all ranks of each mesh."""
 
 
 def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of a 2-D mesh, made once, by those ranks alone."""
-    outer = mesh.get_group(0)
-    if outer not in _flat_groups:
-        ranks = mesh.mesh.flatten().tolist()
+    made, ranks = _flat_groups.setdefault(mesh.get_group(0), {}), mesh.mesh.flatten().tolist()
+    if tuple(ranks) not in made:
         if ranks != sorted(ranks):
             raise InvalidValueError(
                 "a 2-D (outer, inner) mesh must count its ranks upwards, row by row",
                 got=ranks,
                 fix="let the last mesh dim be the inner one; groups number their ranks in ascending order",
             )
-        flat = _group_of(ranks, [mesh.get_group(dim) for dim in (0, 1)])
-        _flat_groups[outer], _degrees[flat] = flat, mesh.size(1)
-    return _flat_groups[outer]
+        made[tuple(ranks)] = _group_of(ranks, [mesh.get_group(dim) for dim in (0, 1)])
+    return made[tuple(ranks)]
 
 
 def _group_of(ranks: list[int], dims: list[dist.ProcessGroup]) -> dist.ProcessGroup:
@@ -169,16 +166,15 @@ def two_levels(group: CPGroup, degree: int | None) -> TwoLevels:
     Raises:
         InvalidValueError: a degree that does not divide the group, or is not the mesh's.
     """
-    of_mesh = _degrees.get(group.source) if isinstance(group.source, dist.ProcessGroup) else None
-    if of_mesh is not None and degree not in (None, of_mesh):
+    if group.degree is not None and degree not in (None, group.degree):
         raise InvalidValueError(
             "ulysses_degree is not the size of the mesh's inner dim",
-            got=f"{degree} and {of_mesh}",
+            got=f"{degree} and {group.degree}",
             fix="leave CPConfig.ulysses_degree None with a 2-D mesh",
         )
     divisors = [number for number in range(1, group.size + 1) if group.size % number == 0]
     if degree is None:
-        degree = of_mesh or next(number for number in divisors if number * number >= group.size)
+        degree = group.degree or next(number for number in divisors if number * number >= group.size)
     if degree not in divisors:
         raise InvalidValueError(
             "ulysses_degree must divide the context-parallel group",

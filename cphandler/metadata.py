@@ -27,7 +27,11 @@ class StreamMetadata(NamedTuple):
 
 
 def packed_streams(
-    offsets: Mapping[str, Offsets | None], max_seqlens: Mapping[str, int | None], key_padding_mask: Tensor | None
+    offsets: Mapping[str, Offsets | None],
+    max_seqlens: Mapping[str, int | None],
+    key_padding_mask: Tensor | None,
+    *,
+    cross: bool | None = None,
 ) -> tuple[StreamMetadata, StreamMetadata]:
     """The query and the key stream of a packed batch; the same object twice for self attention.
 
@@ -36,6 +40,7 @@ def packed_streams(
             as packed-sequence parameters often do, mean self attention.
         max_seqlens: ``max_seqlen_q`` and ``max_seqlen_kv``.
         key_padding_mask: must be None.
+        cross: whether keys are a stream of their own; None tells by the offsets.
 
     Raises:
         InvalidTypeError: offsets that are not integers.
@@ -50,13 +55,15 @@ def packed_streams(
         )
     queries = _packed(offsets, max_seqlens, "q")
     differing = [name for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded") if _differs(offsets, name)]
-    if not differing:
+    _check_cross(cross, bool(differing))
+    if not differing and not cross:
         _checked_max_seqlen(queries.documents, max_seqlens["max_seqlen_kv"], "max_seqlen_kv")
         return queries, queries
     if offsets["cu_seqlens_kv"] is None:
         raise InvalidValueError(
-            "cu_seqlens_kv_padded differs from cu_seqlens_q_padded, and cu_seqlens_kv is missing",
-            fix="cross attention needs cu_seqlens_kv; leave both None for self attention",
+            "cross attention needs cu_seqlens_kv",
+            got=f"{' and '.join(differing) or 'cross_attention=True'} alone",
+            fix="pass the key documents' offsets; leave all three out for self attention",
         )
     return queries, _packed(offsets, max_seqlens, "kv")
 
@@ -96,6 +103,8 @@ def dense_streams(
     offsets: Mapping[str, Offsets | None],
     max_seqlens: Mapping[str, int | None],
     key_padding_mask: Tensor | None,
+    *,
+    cross: bool | None = None,
 ) -> tuple[StreamMetadata, StreamMetadata]:
     """The query and the key stream of a dense batch; the same object twice where both have one length.
 
@@ -104,6 +113,7 @@ def dense_streams(
         offsets: must all be None.
         max_seqlens: ``max_seqlen_q``, required, and ``max_seqlen_kv``, None for self attention.
         key_padding_mask: ``[B, S]`` over the keys; over both sides in self attention.
+        cross: whether keys are a stream of their own; None tells by the lengths.
 
     Raises:
         InvalidTypeError: a mask that is not bool or integer.
@@ -126,7 +136,8 @@ def dense_streams(
     padded = (
         None if key_padding_mask is None else _padded_rows(key_padding_mask, keys, "kv" if keys != queries else "q")
     )
-    if keys == queries:
+    _check_cross(cross, keys != queries)
+    if keys == queries and not cross:
         stream = StreamMetadata(Documents.dense(queries), padded, queries)
         return stream, stream
     real = None if padded is None else _real_rows(padded.num_documents, queries)
@@ -134,6 +145,14 @@ def dense_streams(
         StreamMetadata(Documents.dense(queries), real, queries),
         StreamMetadata(Documents.dense(keys), padded, keys),
     )
+
+
+def _check_cross(cross: bool | None, differs: bool) -> None:
+    if cross is False and differs:
+        raise InvalidValueError(
+            "the keys' documents differ from the queries', and cross_attention is False",
+            fix="leave cu_seqlens_kv and max_seqlen_kv out for self attention",
+        )
 
 
 def _length(name: str, value: int) -> int:

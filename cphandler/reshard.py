@@ -96,14 +96,17 @@ def gather_seq_scatter_heads(
 
 
 def gather_heads_scatter_seq(
-    x: Tensor, ranges: Sequence[tuple[int, int]], order: SequenceOrder, group_name: str
-) -> Tensor:
-    """All heads of this rank's tokens, from all tokens of this rank's heads: ``[B, S, n, D]`` to ``[B, L, N, D]``.
+    tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]], order: SequenceOrder, group_name: str
+) -> list[Tensor]:
+    """All heads of this rank's tokens, from all tokens of this rank's heads: ``[B, S, n, D]`` to ``[B, L, N, D]`` each.
 
-    Pad rows come out as zeros.
+    Pad rows come out as zeros. One operator, so that ranks whose losses use different ones of the results still send
+    the same messages in their backward passes.
     """
-    result: list[Tensor] = _to_tokens([x], _flat([ranges]), order.places, order.tokens, order.identity, group_name)
-    return result[0]
+    result: list[Tensor] = _to_tokens(
+        list(tensors), _flat([ranges] * len(tensors)), order.places, order.tokens, order.identity, group_name
+    )
+    return result
 
 
 def slice_heads(
@@ -125,13 +128,13 @@ def slice_heads(
     return result
 
 
-def gather_heads(x: Tensor, ranges: Sequence[tuple[int, int]], group_name: str) -> Tensor:
-    """All heads on every rank, from each rank's own: ``[B, S, n, D]`` to ``[B, S, N, D]``.
+def gather_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]], group_name: str) -> list[Tensor]:
+    """All heads on every rank, from each rank's own: ``[B, S, n, D]`` to ``[B, S, N, D]`` each.
 
     The backward pass is this rank's slice: right where every rank computes the same loss.
     """
-    result: list[Tensor] = _unslice([x], _flat([ranges]), group_name)
-    return result[0]
+    result: list[Tensor] = _unslice(list(tensors), _flat([ranges] * len(tensors)), group_name)
+    return result
 
 
 def _flat(ranges: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
@@ -143,6 +146,11 @@ def _unflat(ranges: Sequence[int], tensors: int) -> list[list[tuple[int, int]]]:
     pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
     size = len(pairs) // tensors
     return [pairs[i * size : (i + 1) * size] for i in range(tensors)]
+
+
+def _one_by_one(tensors: list[Tensor], ranges: Sequence[int]) -> list[tuple[list[Tensor], list[int]]]:
+    """Each tensor with its own ranges: one buffer holds one dtype."""
+    return [([x], _flat([h])) for x, h in zip(tensors, _unflat(ranges, len(tensors)), strict=True)]
 
 
 def _shapes(tensors: list[Tensor], heads: list[list[tuple[int, int]]], peer: int, rows: int) -> list[tuple[int, ...]]:
@@ -164,6 +172,12 @@ def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
 def _to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
+    if len({x.dtype for x in tensors}) > 1:
+        return [
+            part
+            for one in _one_by_one(tensors, ranges)
+            for part in _to_heads(*one, places, tokens, identity, group_name)
+        ]
     heads = _unflat(ranges, len(tensors))
     size, rank, rows = len(heads[0]), comm.members(group_name).rank, tensors[0].shape[1]
     shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
@@ -187,6 +201,12 @@ def _to_heads(
 def _to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
+    if len({x.dtype for x in tensors}) > 1:
+        return [
+            part
+            for one in _one_by_one(tensors, ranges)
+            for part in _to_tokens(*one, places, tokens, identity, group_name)
+        ]
     heads = _unflat(ranges, len(tensors))
     size, rank = len(heads[0]), comm.members(group_name).rank
     rows = len(tokens) // size
@@ -283,6 +303,8 @@ def _slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str)
 @torch.library.custom_op("cphandler::unslice_heads", mutates_args=())
 def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
     """Every rank's heads side by side; what several hold is added in rank order."""
+    if len({x.dtype for x in tensors}) > 1:
+        return [part for one in _one_by_one(tensors, ranges) for part in _unslice(*one, group_name)]
     heads = _unflat(ranges, len(tensors))
     size, rank = len(heads[0]), comm.members(group_name).rank
     shapes = [

@@ -14,6 +14,7 @@ from cphandler.agreement import Agreement, digest, shortened, shown
 from cphandler.attention_call import kind_of
 from cphandler.capabilities import Capabilities
 from cphandler.dispatch import GradMode, as_movable, combine_rows, dispatch_rows, filler, restored
+from cphandler.eager import eager, keep_out_of_graphs
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler import ContextParallelHandler, FreqsMode, LayoutSource, check_stream
 from cphandler.layout import Layout, make_layout
@@ -43,6 +44,7 @@ class RowsHandler(ContextParallelHandler):
             InvalidValueError: an unknown name, a Layout of another batch, or a mask that does not fit the documents.
             UnsupportedError: a layout or a setting this class does not serve.
         """
+        keep_out_of_graphs()
         sources = layout if isinstance(layout, tuple) else (layout, layout)
         if len(sources) != 2 or (isinstance(layout, tuple) and not self.is_cross_attention):
             raise InvalidValueError(
@@ -156,14 +158,17 @@ class RowsHandler(ContextParallelHandler):
         """See :attr:`ContextParallelHandler.kv_fragments`."""
         return self._streams["kv"].fragments
 
+    @eager
     def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
         name = "positions" if freqs_mode == "per_document" else "tokens"
         return self._streams[stream].tensor(name, device).clamp(min=0)
 
+    @eager
     def sequence_order(self, device: torch.device, stream: str = "q") -> SequenceOrder:
         """How rows of all ranks and global tokens correspond, for a reshard."""
         return self._streams[stream].order(device)
 
+    @eager
     def pad_rows(self, device: torch.device) -> Tensor:
         """``[L]`` bool: True for a local row of the queries that holds no token at all."""
         return self._streams["q"].tensor("tokens", device) < 0
@@ -216,6 +221,7 @@ class RowsHandler(ContextParallelHandler):
             self.agree(f"{method} {describe(result)}")
         return result
 
+    @eager
     def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
         """See :meth:`ContextParallelHandler.dispatch`."""
 
@@ -232,6 +238,7 @@ class RowsHandler(ContextParallelHandler):
             return tensor
         return dispatch_rows(tensor, dim, self._streams[stream], pad_value, self._group.name)
 
+    @eager
     def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
         """See :meth:`ContextParallelHandler.combine`."""
 
@@ -281,6 +288,7 @@ class RowsHandler(ContextParallelHandler):
             )
         return dim
 
+    @eager
     def roll_tensor(
         self,
         tensor: Tensor | None,
@@ -307,14 +315,17 @@ class RowsHandler(ContextParallelHandler):
             return f"by {shifts} in dim {dim} of {kind_of(tensor)}"
 
         dim = self._agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
-        key = stream, shifts, tensor.device
-        if key not in self._routes:
-            self._routes[key] = roll_route(self._streams[stream], shifts, tensor.device)
-        rolled = roll(tensor, dim, self._routes[key], fill_value, self._group.name)
+        rolled = roll(tensor, dim, self._route(stream, shifts, tensor.device), fill_value, self._group.name)
         if self._streams[stream].padded_rows is not None:
             valid = self._streams[stream].shifted_validity(shifts, rolled.device)
             rolled = _cleared(rolled, dim, valid, fill_value)
         return rolled, rolled.sum() if return_sum else None
+
+    def _route(self, stream: str, shifts: int, device: torch.device) -> RollRoute:
+        key = stream, shifts, device
+        if key not in self._routes:
+            self._routes[key] = roll_route(self._streams[stream], shifts, device)
+        return self._routes[key]
 
     def _check_rows_of_batch(self, tensor: Tensor, dim: int, stream: str) -> None:
         """With padding, what is real differs from row to row of the batch: the batch dim must be known."""

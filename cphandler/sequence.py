@@ -195,9 +195,10 @@ class Documents:
         """True where some physical token is not a real one."""
         return self.num_valid_tokens != self.num_tokens
 
+    @cached_property
     def valid_tokens(self) -> Table:
         """``[num_valid_tokens]`` ascending indices of the real tokens."""
-        return expand(self.runs[:, 0], self.runs[:, 1] - self.runs[:, 0])
+        return frozen(expand(self.runs[:, 0], self.runs[:, 1] - self.runs[:, 0]))
 
     def document_of(self, tokens: Table) -> Table:
         """Index of the document that owns each token."""

@@ -171,7 +171,7 @@ def compiled_case() -> None:
 
     def reshard(q: Tensor, k: Tensor) -> Tensor:
         q, k = gather_seq_scatter_heads([q, k], [split.queries, split.keys], order, name)
-        return gather_heads_scatter_seq(q * k, split.queries, order, name)
+        return gather_heads_scatter_seq([q * k], split.queries, order, name)[0]
 
     k = torch.randn(1, 8, 1, 8, dtype=torch.float64, requires_grad=True)
     traced = torch.compile(reshard, backend="aot_eager", fullgraph=True)(q, k)

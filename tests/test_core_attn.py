@@ -95,7 +95,8 @@ def custom_layouts(seed: int) -> None:
                 lengths = tuple(np.diff(cuts).tolist())
                 for backend in ("ring", "p2p", "all_gather", "ulysses", *(["usp"] if kind == "pieces" else [])):
                     mask = MASKS[int(rng.integers(len(MASKS)))]
-                    case = Case(backend, cp_size, layout=layout, mask=mask, batch=Batch(lengths))
+                    settings = (("ulysses_degree", (1, 2)[trial % 2]),) if backend == "usp" else ()
+                    case = Case(backend, cp_size, layout=layout, mask=mask, batch=Batch(lengths), config=settings)
                     check_attention(case)
                 check_gradients_of_movement(Case("ring", cp_size, layout=layout, batch=Batch(lengths)))
                 check_roll(Case("ring", cp_size, layout=layout, batch=Batch(lengths)))

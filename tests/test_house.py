@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 LADDER: list[set[str]] = [
     # rung 0
-    {"errors", "intervals"},
+    {"errors", "intervals", "eager"},
     {"config", "sequence", "comm", "matching", "kernels.task", "kernels.dropout"},
     {"layout", "mask", "mesh", "metadata", "kernels.merge", "kernels.strips"},
     # rung 1

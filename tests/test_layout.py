@@ -137,7 +137,7 @@ def test_documents_from_every_source() -> None:
     padded = Documents.from_cu_seqlens([0, 3, 5], np.array([0, 4, 8]))
     assert padded.runs.tolist() == [[0, 3], [4, 6]]
     assert padded.valid_offsets.tolist() == [0, 3, 5]
-    assert padded.valid_tokens().tolist() == [0, 1, 2, 4, 5]
+    assert padded.valid_tokens.tolist() == [0, 1, 2, 4, 5]
     assert padded.has_padding
     assert (padded.num_tokens, padded.num_valid_tokens, padded.max_length) == (8, 5, 4)
     holes = Documents.from_attention_mask(torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,11 +294,14 @@ def test_a_setting_that_comes_later_says_so() -> None:
 WRONG = [
     ({"softcap": 0.0}, InvalidValueError, "positive number; got 0.0"),
     ({"softcap": float("inf")}, InvalidValueError, "positive number; got inf"),
-    ({"softcap": "30"}, InvalidValueError, "positive number"),
+    ({"softcap": "30"}, InvalidTypeError, "softcap must be a number"),
     ({"sinks": torch.zeros(3)}, InvalidValueError, r"one number per query head.* got shape \[3\].* expected \[2\]"),
     ({"sinks": torch.zeros(2, dtype=torch.int64)}, InvalidTypeError, "floating-point tensor"),
     ({"sinks": True}, InvalidTypeError, "sinks must be .*; got bool"),
-    ({"dropout_p": 0.1}, InvalidValueError, "needs a dropout_seed; got dropout_p 0.1; pass dropout_seed="),
+    ({"dropout_p": 0.1}, InvalidValueError, "a dropout_seed and a layer_number; got dropout_p 0.1, seed None"),
+    ({"dropout_p": 0.1, "dropout_seed": 3}, InvalidValueError, "got dropout_p 0.1, seed 3, layer None; pass"),
+    ({"softmax_scale": 0.0}, InvalidValueError, "softmax_scale must be a positive number; got 0.0"),
+    ({"softmax_scale": torch.ones(())}, InvalidTypeError, "must be a number; .*; scale queries"),
     ({"dropout_p": 1.0, "dropout_seed": 1}, InvalidValueError, "a probability below 1; got 1.0"),
     ({"dropout_p": -0.1, "dropout_seed": 1}, InvalidValueError, "a probability below 1"),
     ({"dropout_p": 0.1, "dropout_seed": -1}, InvalidValueError, "must not be negative"),
@@ -318,7 +322,7 @@ def test_options_that_are_wrong(options: dict[str, Any], kind: type[Exception], 
 def test_kernels_with_a_generator_of_their_own_refuse_dropout() -> None:
     handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], config=CPConfig(kernel="torch"))
     x = torch.randn(4, 2, 8)
-    for options in ({"dropout_p": 0.1, "dropout_seed": 0}, {"softcap": 5.0}):
+    for options in ({"dropout_p": 0.1, "dropout_seed": 0, "layer_number": 1}, {"softcap": 5.0}):
         with pytest.raises(NotImplementedError, match=r'CPConfig\(kernel="reference"\)'):
             handler.core_attn(None, x, x, x, **options)
 
@@ -331,10 +335,12 @@ def test_core_attention_carries_every_setting() -> None:
     with pytest.raises(ValueError, match="dropout needs a dropout_seed"):
         handler.core_attn(module, x, x, x)
     named = {"softcap": 2.0, "sinks": module.sinks, "dropout_p": 0.5}
-    trained = handler.core_attn(module, x, x, x, dropout_seed=3)
-    assert torch.equal(trained, handler.core_attn(None, x, x, x, dropout_seed=3, **named))
+    trained = handler.core_attn(module, x, x, x, dropout_seed=3, layer_number=1)
+    assert torch.equal(trained, handler.core_attn(None, x, x, x, dropout_seed=3, layer_number=1, **named))
+    without = handler.core_attn(module, x, x, x, dropout_p=0.0)
     module.eval()
     scored = handler.core_attn(module, x, x, x)
+    assert torch.equal(scored, without)
     assert torch.equal(scored, handler.core_attn(None, x, x, x, softcap=2.0, sinks=module.sinks))
     assert not torch.equal(scored, trained)
     scored.sum().backward()
@@ -464,10 +470,115 @@ def test_key_offsets_that_repeat_the_querys_are_self_attention() -> None:
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 5])
     with pytest.raises(ValueError, match="both streams need as many; got 1 and 2 documents"):
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 2, 5], mask="full")
-    with pytest.raises(ValueError, match="cu_seqlens_kv is missing"):
+    with pytest.raises(ValueError, match="cross attention needs cu_seqlens_kv; got cu_seqlens_kv_padded alone"):
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv_padded=[0, 5])
     with pytest.raises(ValueError, match="a pair of layouts is for"):
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], layout=("zigzag", "zigzag"))
+
+
+def test_a_key_stream_that_happens_to_be_as_long() -> None:
+    """Said explicitly: padding is then the keys' alone, and queries keep all their rows."""
+    real = torch.tensor([[True] * 4 + [False] * 2])
+    make = partial(get_cp_handler_cls("local"), qkv_format="bshd", max_seqlen_q=6, max_seqlen_kv=6, mask="full")
+    q = torch.randn(1, 6, 2, 8)
+    own, cross = make(key_padding_mask=real), make(key_padding_mask=real, cross_attention=True)
+    assert (own.is_cross_attention, cross.is_cross_attention) == (False, True)
+    assert own.core_attn(None, q, q, q)[:, 4:].abs().sum() == 0
+    assert cross.core_attn(None, q, q, q)[:, 4:].abs().min() > 0
+    packed = get_cp_handler_cls("local")(
+        qkv_format="thd",
+        cu_seqlens_q=[0, 4],
+        cu_seqlens_kv=[0, 4],
+        cross_attention=True,
+        layout=("zigzag", "contiguous"),
+    )
+    assert packed.is_cross_attention
+    with pytest.raises(ValueError, match="cross attention needs cu_seqlens_kv; got cross_attention=True alone"):
+        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cross_attention=True)
+    with pytest.raises(ValueError, match="cross_attention is False"):
+        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 5], cross_attention=False)
+
+
+def under_autocast() -> None:
+    """Autocast stops at the operators: scores, weights and log-sum-exp stay in the accumulator's dtype."""
+    group, seed = group_of(Case(cp_size=4))
+    case = Case("p2p", 4, batch=LENGTHS, dtype=torch.float32)
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = handler.core_attn(None, q, k, v, softcap=3.0, return_max_logit=True)
+        results.append(bits([result.out, result.max_logit, *torch.autograd.grad(result.out, (q, k, v), grad)]))
+    assert results[0] == results[1]
+
+
+def test_autocast_changes_nothing(ranks: RankPool) -> None:
+    ranks.run(under_autocast)
+
+
+def loss_of_some_ranks(case: Case) -> None:
+    """Some ranks' losses use the log-sum-exp alone, others' the output: the same messages go in the backward pass."""
+    group, seed = group_of(case)
+    handler = make_handler(case, group)
+    data = draw(case, seed)
+    q, k, v, _ = local_tensors(case, seed, handler)
+    result = handler.core_attn(None, q, k, v, return_lse=True)
+    uses_lse = handler.cp_rank % 2 == 0
+    rows = handler.dispatch(torch.arange(len(data.query)), 0, pad_value=-1)
+    (result.lse[rows >= 0].sum() if uses_lse else result.out.sum()).backward()
+    of_lse = torch.zeros(len(data.query))
+    for rank in range(0, case.cp_size, 2):
+        tokens = handler.layout.positions(rank)
+        of_lse[torch.from_numpy(tokens[tokens >= 0])] = 1
+    grad_lse = of_lse[:, None].expand_as(data.grad_lse).to(case.dtype)
+    grad_out = (1 - of_lse)[:, None, None].expand_as(data.grad_out).to(case.dtype)
+    _, _, grads = dense_gradients(data[:3], visible(case), grad_out, grad_lse, qkv_format="thd")
+    for x, e in zip((q, k, v), grads, strict=True):
+        assert x.grad is not None
+        assert_close(x.grad, handler.dispatch(e, 0), dtype=case.dtype, what=str(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_that_differ_from_rank_to_rank(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
+    ranks.run(loss_of_some_ranks, Case(backend, 4, batch=LENGTHS, dtype=dtype))
+
+
+class Compiled(torch.nn.Module):
+    """Asks a handler everything that a model may ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, handler: Any) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 8)).split([4, 4, 4], -2)
+        freqs = handler.get_emb_on_this_cp_rank(torch.ones(handler.get_rotary_seq_len(), 8))
+        out = handler.core_attn(None, handler.rope(q, freqs), k, v)
+        rolled, _ = handler.roll_tensor(x, -1, 0)
+        whole: Tensor = handler.combine(handler.dispatch(handler.combine(out.flatten(-2), 0), 0), 0)
+        return whole.sum() + rolled.sum()
+
+
+def compiled_models() -> None:
+    """A compiled model takes handler after handler, each made for another batch and never run before."""
+    group, _ = group_of(Case(cp_size=4))
+    torch.manual_seed(0)
+    model = Compiled()
+    compiled = torch.compile(model, backend="aot_eager")
+    for backend in ("p2p", "ulysses"):
+        for lengths in ((5, 7), (12,), (3, 9)):
+            case = Case(backend, 4, batch=Batch(lengths), mask=SlidingWindow(4))
+            x = torch.randn(3, 32)
+            losses = [run(x, make_handler(case, group)) for run in (compiled, model)]
+            grads = [torch.autograd.grad(loss, model.qkv.weight)[0] for loss in losses]
+            torch.testing.assert_close(losses[0], losses[1])
+            torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_compiled_model_over_fresh_handlers(ranks: RankPool) -> None:
+    ranks.run(compiled_models)
 
 
 def masks_by_layer() -> None:
@@ -510,6 +621,18 @@ def mesh_case() -> None:
         make_handler(case, flat, config=CPConfig(ulysses_degree=3))
     with pytest.raises(ValueError, match="takes a 1-D device mesh"):
         make_handler(replace(case, backend="ring"), mesh)
+    make_handler(case, dist.group.WORLD, config=CPConfig(ulysses_degree=4))  # a mesh leaves no trace on its group
+    tall = dist.init_device_mesh("cpu", (4, 1), mesh_dim_names=("outer", "inner"))
+    layers = replace(case, backend=("a2a+p2p", "ring"), layer=1)
+    for shape in (tall, mesh):
+        handler = make_handler(layers, shape)
+        q, k, v, _ = local_tensors(case, 5, handler)
+        expected, _ = dense_attention(*draw(case, 5)[:3], visible(case), qkv_format="thd")
+        out = handler.core_attn(None, q, k, v, layer_number=1)
+        assert_close(out, handler.dispatch(expected, 0), what=f"{shape} by layers")
+    deep = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("o", "i", "t"))
+    assert make_handler(case, deep["o", "i"]).cp_size == 4
+    assert make_handler(case, deep["o", "t"]).cp_size == 2
 
 
 def test_usp_on_a_mesh(ranks: RankPool) -> None:

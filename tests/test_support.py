@@ -280,6 +280,8 @@ def test_lists_are_checked() -> None:
         get_cp_handler_cls("local", [])
     with pytest.raises(ValueError, match="unknown backend or comm type"):
         get_cp_handler_cls("local", ["a2a", "pigeon"])
+    with pytest.raises(TypeError, match=r"leave the layout to the library .*; got LocalHandler for None"):
+        get_cp_handler_cls("local", ["a2a", None])  # type: ignore[list-item]
     handler_cls = get_cp_handler_cls("local", ["a2a", "p2p"], num_layers=2)
     assert handler_cls is get_cp_handler_cls("local", ["ulysses", "p2p"])
     handler = handler_cls(qkv_format="thd", cu_seqlens_q=[0, 4])

@@ -128,6 +128,11 @@ class Case:
         return f"{kind} {self.batch} {options}".strip()
 
     @property
+    def layer_number(self) -> int | None:
+        """The layer, 1 where dropout needs one."""
+        return self.layer or (1 if self.dropout_p else None)
+
+    @property
     def is_cross(self) -> bool:
         """Whether keys are a stream of their own."""
         return self.batch.keys is not None
@@ -272,5 +277,5 @@ def kept_weights(case: Case, seed: int) -> Tensor | None:
     rows = 1 if case.qkv_format == "thd" else len(case.batch.real or ()) or case.batch.rows
     queries, keys = (torch.arange(documents_of(case, stream).num_tokens) for stream in ("q", "kv"))
     batch_rows = torch.arange(rows)[:, None].expand(rows, len(queries))
-    states = query_states(seed, case.layer or 0, batch_rows, queries, torch.arange(case.heads[0]))
+    states = query_states(seed, case.layer_number or 0, batch_rows, queries, torch.arange(case.heads[0]))
     return keep_mask(Dropout(case.dropout_p, states, keys))

@@ -90,7 +90,7 @@ def _computed(
     inputs = [local(x, "q" if name == "q" else "kv").requires_grad_() for name, x in tensors.items()]
     sinks = data.sinks.clone().requires_grad_()
     options: dict[str, Any] = {"return_lse": case.lse, "return_max_logit": case.max_logit}
-    options |= {"softmax_scale": case.scale, "softcap": case.softcap, "layer_number": case.layer}
+    options |= {"softmax_scale": case.scale, "softcap": case.softcap, "layer_number": case.layer_number}
     options |= {"dropout_p": case.dropout_p, "dropout_seed": seed} if case.dropout_p else {}
     options |= {"sinks": sinks} if case.sinks else {}
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
