@@ -282,7 +282,7 @@ def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
     upcoming = _posted(route, 0, rows)
     yield -1, rows
     for stage in range(len(plan.stages)):
-        (transfer, received), upcoming = upcoming, (comm.Transfer([], []), None)
+        transfer, received = upcoming
         transfer.wait()
         upcoming = _posted(route, stage + 1, rows)
         yield stage, None if received is None else received.rows

@@ -635,8 +635,23 @@ def mesh_case() -> None:
     assert make_handler(case, deep["o", "t"]).cp_size == 2
 
 
-def test_usp_on_a_mesh(ranks: RankPool) -> None:
-    ranks.run(mesh_case)
+def uneven_meshes() -> None:
+    """Members that belong to other numbers of groups are told so; torch would let them wait for each other forever."""
+    if dist.get_rank() == 0:
+        dist.new_group([0], use_local_synchronization=True)
+    mesh = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("x", "y", "z"))["x", "z"]
+    case = Case("usp", 2, batch=LENGTHS)
+    if dist.get_rank() % 2 == 0:  # the mesh of ranks 0 and 2
+        with pytest.raises(ValueError, match=r"belong to other numbers of process groups .* pass the group of all"):
+            make_handler(case, mesh)
+    else:
+        assert make_handler(case, mesh).cp_size == 2
+
+
+def test_usp_on_a_mesh() -> None:
+    with RankPool(4) as pool:  # ranks of its own: how many groups a rank belongs to counts here
+        pool.run(mesh_case)
+        pool.run(uneven_meshes)
 
 
 def replicated_case() -> None:
