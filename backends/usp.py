@@ -31,7 +31,7 @@ class USPHandler(LayoutHandler):
     two_level = True
     outer: ClassVar[str] = "p2p"
     capabilities = Capabilities(
-        layouts=("zigzag", "contiguous"), features=COMMON | {"gradient_wire_dtype", "ulysses_degree"}
+        layouts=("zigzag", "contiguous", "balanced"), features=COMMON | {"gradient_wire_dtype", "ulysses_degree"}
     )
 
     def join(self) -> None:
@@ -65,4 +65,4 @@ class USPRingHandler(USPHandler):
 
     comm_type = "a2a+ring"
     outer = "ring"
-    capabilities = Capabilities(layouts=("zigzag", "contiguous"), features=COMMON | {"ulysses_degree"})
+    capabilities = Capabilities(layouts=("zigzag", "contiguous", "balanced"), features=COMMON | {"ulysses_degree"})

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         SharedQuestion,
         SlidingWindow,
     )
+    from cphandler.placement import Balanced
     from cphandler.sequence import Documents
     from cphandler.stream import Fragments
 
@@ -53,6 +54,7 @@ __all__ = [
     "AttentionModule",
     "AttentionOptions",
     "AttentionResult",
+    "Balanced",
     "Bands",
     "BlockCausal",
     "CPConfig",
@@ -95,6 +97,7 @@ _MODULES: dict[str, str] = {
     "AttentionModule": "core_attention",
     "AttentionOptions": "core_attention",
     "AttentionResult": "attention",
+    "Balanced": "placement",
     "Bands": "mask",
     "BlockCausal": "mask",
     "CPConfig": "config",

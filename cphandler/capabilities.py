@@ -30,7 +30,7 @@ _INSTEAD: dict[str, str] = {
     "ulysses_degree": "leave it None, or use the usp backend",
 }
 
-LAYOUTS = ("zigzag", "contiguous", "striped", "replicated")
+LAYOUTS = ("zigzag", "contiguous", "striped", "balanced", "replicated")
 FORMATS = ("sbhd", "bshd", "thd")
 
 COMMON = frozenset(FEATURES) - {"own_attention", "gradient_wire_dtype", "ulysses_degree"}
@@ -48,7 +48,7 @@ class Capabilities:
         instead: the way out where a feature is missing, by name.
     """
 
-    layouts: tuple[str, ...] = ("zigzag", "contiguous", "striped")
+    layouts: tuple[str, ...] = ("zigzag", "contiguous", "striped", "balanced")
     formats: tuple[str, ...] = FORMATS
     features: frozenset[str] = COMMON
     instead: Mapping[str, str] | None = None
@@ -91,7 +91,7 @@ class Capabilities:
                 raise UnsupportedError(
                     f"{who} needs layouts of stride 1",
                     got=repr(layout),
-                    fix="use zigzag or contiguous, or the ring backend",
+                    fix="use zigzag, contiguous or balanced, or the ring backend",
                 )
 
     def require_layout(self, who: str, layout: str) -> None:

@@ -21,7 +21,8 @@ class CPConfig(BaseModel):
         timeout: seconds the check waits for the slowest rank; None leaves it to the process group.
         ulysses_degree: ranks of the inner group under ``a2a+p2p`` and ``a2a+ring`` over a flat group; None takes the
             smallest divisor of the group's size that is at least its square root.
-        tile: not available yet; must be None. (Rows of the kernel's tile, for planners that round work up to it.)
+        tile: rows of the attention kernel's tile, 128 say. The ``balanced`` layout then counts a task's area in whole
+            tiles, which is what many short documents cost a GPU; None counts pairs.
         gradient_wire_dtype: dtype in which key and value gradients travel where each contribution travels once (p2p,
             all_gather, a2a+p2p); sums stay in the accumulator's, which is also what None sends.
     """

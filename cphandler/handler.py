@@ -18,6 +18,7 @@ from cphandler.layout import Layout
 from cphandler.mask import Mask, make_mask
 from cphandler.mesh import GroupSource, resolve_group
 from cphandler.metadata import dense_streams, packed_streams
+from cphandler.placement import Placing
 from cphandler.rope import Freqs, deinterleaved, flat_table, yarn_scale
 from cphandler.sequence import Offsets
 from cphandler.stream import Fragments
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
 """Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
 
-LayoutSource: TypeAlias = "str | Layout | tuple[str | Layout, str | Layout] | None"
+LayoutSource: TypeAlias = "Placing | tuple[Placing, Placing] | None"
 """What ``layout=`` takes; a pair is for the query and the key stream of cross attention."""
 
 FreqsMode: TypeAlias = Literal["per_document", "packed"]
@@ -59,8 +60,9 @@ class ContextParallelHandler(ABC):
             the lengths, False refuses others.
         local_cp_size: dynamic context parallelism: how many ranks this batch uses; must be the size of ``cp_group``.
         mask: ``"causal"``, ``"full"`` or a :class:`Mask`.
-        layout: a name, a :class:`Layout`, or None for the class's default; a pair of them for the two streams of cross
-            attention.
+        layout: a name (``"zigzag"``, ``"contiguous"``, ``"striped"``, ``"balanced"``, ``"replicated"``), a
+            :class:`Balanced` mix of masks, a :class:`Layout`, or None for the class's default; a pair of them for the
+            two streams of cross attention.
         config: settings that do not change from batch to batch.
 
     Raises:

@@ -6,6 +6,8 @@ Who holds what, for one document of 8 tokens over 2 ranks::
     contiguous  rank 0: 0 1 2 3        rank 1: 4 5 6 7        the packed stream cut into P pieces
     striped     rank 0: 0 2 4 6        rank 1: 1 3 5 7        token t on rank t mod P
     replicated  rank 0: 0 1 ... 7      rank 1: 0 1 ... 7      every rank holds everything
+
+The ``balanced`` layout depends on masks; :mod:`cphandler.balance` makes it.
 """
 
 from __future__ import annotations
@@ -166,7 +168,7 @@ class Layout:
         for first in range(0, self.cp_size, size):
             held = np.concatenate(self.spans[first : first + size])
             held = held[np.argsort(held[:, START], kind="stable")]
-            spans.append(_joined(held[:, START], held[:, LENGTH]))
+            spans.append(joined(held[:, START], held[:, LENGTH]))
         return Layout(self.name, self.num_tokens, spans, num_local_tokens=size * self.num_local_tokens)
 
     def stack(self, copies: int) -> Layout:
@@ -231,7 +233,7 @@ def _with_local(spans: object) -> Table:
     return rows
 
 
-def _joined(starts: Table, lengths: Table) -> Table:
+def joined(starts: Table, lengths: Table) -> Table:
     """Spans of stride 1 from ascending pieces, neighbours that touch made one."""
     starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     opens = np.ones(len(starts), dtype=bool)
@@ -260,7 +262,7 @@ def zigzag(offsets: Table, cp_size: int) -> Layout:
     spans = []
     for rank in range(cp_size):
         pair = [rank, 2 * cp_size - 1 - rank]
-        spans.append(_joined(starts[:, pair].reshape(-1), chunks[:, pair].reshape(-1)))
+        spans.append(joined(starts[:, pair].reshape(-1), chunks[:, pair].reshape(-1)))
     return Layout("zigzag", int(offsets[-1]), spans, num_local_tokens=-(-int(offsets[-1]) // cp_size))
 
 
@@ -314,6 +316,8 @@ def make_layout(layout: str | Layout, offsets: Table, cp_size: int) -> Layout:
     build = LAYOUTS.get(layout.lower().replace("-", "_"))
     if build is None:
         raise InvalidValueError(
-            "unknown layout", got=repr(layout), fix=f"choose one of {', '.join(sorted(LAYOUTS))}, or pass a Layout"
+            "unknown layout",
+            got=repr(layout),
+            fix=f"choose one of {', '.join(sorted([*LAYOUTS, 'balanced']))}, or pass a Layout",
         )
     return build(offsets, cp_size)

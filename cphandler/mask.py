@@ -478,7 +478,7 @@ class PerDocument(Mask):
         for mask, query, key in zip(self.masks, alone[0], alone[-1], strict=True):
             parts.append(mask.bands(query, key))
         counts = [len(part) for part in parts[1:]]
-        return _shifted(
+        return shifted(
             np.concatenate(parts), np.repeat(queries.offsets[:-1], counts), np.repeat(keys.offsets[:-1], counts)
         )
 
@@ -632,7 +632,7 @@ def tightened(bands: Table) -> Table:
     return bands[some]
 
 
-def _shifted(bands: Table, queries: Table, keys: Table) -> Table:
+def shifted(bands: Table, queries: Table, keys: Table) -> Table:
     """Each band moved by so many queries and so many keys."""
     moved: Table = bands.copy()
     moved[:, [Q0, Q1]] += queries[:, None]
@@ -656,6 +656,23 @@ def restrict(bands: Table, query_runs: Table, key_runs: Table) -> Table:
     bands[:, K0] = np.maximum(bands[:, K0], key_runs[run, 0])
     bands[:, K1] = np.minimum(bands[:, K1], key_runs[run, 1])
     return tightened(bands)
+
+
+def visible_bands(
+    mask: Mask, documents: tuple[Documents, Documents], rows: tuple[Documents, Documents] | None
+) -> Table:
+    """A mask's bands cut to real tokens.
+
+    With padded rows each is asked about on its own: where a diagonal lies may depend on its padding.
+
+    Args:
+        mask: who sees whom.
+        documents: of the query and of the key stream; the same object twice for self attention.
+        rows: for a dense batch with a key-padding mask, the rows of both streams laid end to end, each a document.
+    """
+    queries, keys = documents if rows is None else rows
+    bands = mask if rows is None else PerDocument((mask,) * keys.num_documents)
+    return restrict(bands.bands(queries, keys), queries.runs, keys.runs)
 
 
 def make_mask(mask: str | Mask) -> Mask:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from cphandler.agreement import Agreement, digest, shortened, shown
 from cphandler.attention_call import kind_of
-from cphandler.capabilities import Capabilities
+from cphandler.capabilities import LAYOUTS, Capabilities
 from cphandler.dispatch import GradMode, as_movable, combine_rows, dispatch_rows, filler, restored
 from cphandler.eager import eager, keep_out_of_graphs
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler import ContextParallelHandler, FreqsMode, LayoutSource, check_stream
-from cphandler.layout import Layout, make_layout
+from cphandler.layout import Layout
 from cphandler.mask import Mask
+from cphandler.metadata import StreamMetadata
+from cphandler.placement import Batch, place
 from cphandler.reshard import SequenceOrder
 from cphandler.roll import RollRoute, roll, roll_route
 from cphandler.rope import Freqs, rotate
@@ -52,10 +54,14 @@ class RowsHandler(ContextParallelHandler):
                 got=repr(layout),
                 fix="pass one layout; cu_seqlens_kv or max_seqlen_kv make a key stream",
             )
-        queries = Stream(self.documents, self._made(sources[0], "q"), self.cp_rank, self.padded_rows)
+        asked = [self.default_layout if source is None else source for source in sources]
+        layouts = place((asked[0], asked[1]), self._batch())
+        self._check_one_rank(layouts[0])
+        queries = Stream(self.documents, layouts[0], self.cp_rank, self.padded_rows)
         keys = queries
         if self.is_cross_attention:
-            keys = Stream(self.kv_documents, self._made(sources[1], "kv"), self.cp_rank, self.kv_padded_rows)
+            self._check_one_rank(layouts[1])
+            keys = Stream(self.kv_documents, layouts[1], self.cp_rank, self.kv_padded_rows)
             if keys.layout.replicated != queries.layout.replicated:
                 raise UnsupportedError(
                     "one stream is replicated and the other is not", fix="use the replicated layout for both or none"
@@ -68,15 +74,19 @@ class RowsHandler(ContextParallelHandler):
         self.join()
         self._pair.bands(self.mask)  # a mask that does not fit the batch is refused here
 
-    def _made(self, layout: str | Layout | None, stream: str) -> Layout:
-        """A stream's layout."""
-        documents = self.documents if stream == "q" else self.kv_documents
-        made = make_layout(self.default_layout if layout is None else layout, documents.offsets, self.cp_size)
-        if self.cp_size == 1 and not made.keeps_global_order:
+    def _batch(self) -> Batch:
+        """What placing tokens depends on."""
+        queries = StreamMetadata(self.documents, self.padded_rows, self.max_seqlen_q)
+        keys = queries
+        if self.is_cross_attention:
+            keys = StreamMetadata(self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv)
+        return Batch(queries, keys, self.mask, self.cp_size, self.config.tile)
+
+    def _check_one_rank(self, layout: Layout) -> None:
+        if self.cp_size == 1 and not layout.keeps_global_order:
             raise UnsupportedError(
-                "one rank holds all tokens in global order", got=repr(made), fix="pass layout=None with one rank"
+                "one rank holds all tokens in global order", got=repr(layout), fix="pass layout=None with one rank"
             )
-        return made
 
     def join(self) -> None:
         """Set up what a class needs beside its streams, such as groups of its own; nothing by default."""
@@ -96,11 +106,8 @@ class RowsHandler(ContextParallelHandler):
             "ulysses_degree": self.config.ulysses_degree is not None,
         }
         table.require(name, *(feature for feature, given in asked.items() if given))
-        if self.config.tile is not None:
-            raise UnsupportedError("CPConfig.tile is not available yet", fix="leave it None")
-        known = ("zigzag", "contiguous", "striped", "replicated")
         for stream in self._streams.values():
-            if self.cp_size > 1 and (stream.layout.name in known or stream.layout.replicated):
+            if self.cp_size > 1 and (stream.layout.name in LAYOUTS or stream.layout.replicated):
                 table.require_layout(name, "replicated" if stream.layout.replicated else stream.layout.name)
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cphandler.intervals import Flags, Table, overlaps
 from cphandler.layout import LENGTH, LOCAL, START, STRIDE, Layout
-from cphandler.mask import Mask, PerDocument, restrict
+from cphandler.mask import Mask, visible_bands
 from cphandler.reshard import SequenceOrder
 from cphandler.sequence import Documents
 
@@ -169,7 +169,6 @@ class StreamPair:
 
         With a key-padding mask each row is asked about on its own: where a diagonal lies may depend on its padding.
         """
-        queries, keys = self.queries.validity, self.keys.validity
         padded = self.keys.padded_rows is not None
-        bands = PerDocument((mask,) * keys.num_documents).bands(queries, keys) if padded else self.bands(mask)
-        return restrict(bands, queries.runs, keys.runs)
+        documents = self.queries.documents, self.keys.documents
+        return visible_bands(mask, documents, (self.queries.validity, self.keys.validity) if padded else None)

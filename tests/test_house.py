@@ -17,7 +17,9 @@ LADDER: list[set[str]] = [
     {"config", "sequence", "comm", "matching", "kernels.task", "kernels.dropout"},
     {"layout", "mask", "mesh", "metadata", "kernels.merge", "kernels.strips"},
     # rung 1
-    {"tasks", "reshard", "rope", "kernels.kernel"},
+    {"tasks", "reshard", "rope", "kernels.kernel", "workload", "key_placement"},
+    {"balance"},
+    {"placement"},
     {"plan", "stream", "agreement", "kernels.blocks"},
     {"exchange", "site"},
     {"dispatch", "kernels.reference", "kernels.torch_cpu"},

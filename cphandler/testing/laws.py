@@ -36,7 +36,7 @@ from cphandler.testing.reference import (
 )
 from cphandler.testing.tolerance import assert_close
 
-LEVEL = ("zigzag", "contiguous", "striped")
+LEVEL = ("zigzag", "contiguous", "striped", "balanced")
 """Layouts of the library that give every rank ``ceil(S / P)`` rows."""
 
 Stage = Literal["construction", "call"]
