@@ -1,0 +1,1 @@
+"""Measurements: each script checks its results before it times them."""
