@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cphandler.attention import AttentionResult
     from cphandler.batch import get_batch_on_this_cp_rank, pack_documents, pack_lengths, unpack_documents
+    from cphandler.batch_plan import BatchPlan, PlanStats, plan_batch
     from cphandler.comm import Traffic, record_traffic
     from cphandler.config import CPConfig
     from cphandler.core_attention import AttentionModule, AttentionOptions, CoreAttention
@@ -56,6 +57,7 @@ __all__ = [
     "AttentionResult",
     "Balanced",
     "Bands",
+    "BatchPlan",
     "BlockCausal",
     "CPConfig",
     "CPError",
@@ -73,6 +75,7 @@ __all__ = [
     "Mask",
     "MissingPackageError",
     "PerDocument",
+    "PlanStats",
     "PrefixLM",
     "PrefixWindow",
     "RankMismatchError",
@@ -87,6 +90,7 @@ __all__ = [
     "merge",
     "pack_documents",
     "pack_lengths",
+    "plan_batch",
     "record_traffic",
     "register_cp_handler",
     "unpack_documents",
@@ -99,6 +103,7 @@ _MODULES: dict[str, str] = {
     "AttentionResult": "attention",
     "Balanced": "placement",
     "Bands": "mask",
+    "BatchPlan": "batch_plan",
     "BlockCausal": "mask",
     "CPConfig": "config",
     "CPError": "errors",
@@ -116,6 +121,7 @@ _MODULES: dict[str, str] = {
     "Mask": "mask",
     "MissingPackageError": "errors",
     "PerDocument": "mask",
+    "PlanStats": "batch_plan",
     "PrefixLM": "mask",
     "PrefixWindow": "mask",
     "RankMismatchError": "errors",
@@ -130,6 +136,7 @@ _MODULES: dict[str, str] = {
     "merge": "kernels:merge_attention",
     "pack_documents": "batch",
     "pack_lengths": "batch",
+    "plan_batch": "batch_plan",
     "record_traffic": "comm",
     "register_cp_handler": "factory",
     "unpack_documents": "batch",

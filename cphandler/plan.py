@@ -120,7 +120,7 @@ def make_plan(
     if direct:
         return _direct_plan(bands, queries, keys, rank, tasks)
     step = (rank - np.arange(keys.cp_size)) % keys.cp_size
-    hops = _hops(visibility(bands, queries, keys)) if ring else _empty(2)
+    hops = ring_hops(visibility(bands, queries, keys)) if ring else _empty(2)
     return Plan(queries.cp_size, rank, _ordered(coalesced(tasks), step), hops)
 
 
@@ -130,7 +130,7 @@ def _ordered(tasks: Table, turn: Table) -> Table:
     return ordered
 
 
-def _hops(sees: Flags) -> Table:
+def ring_hops(sees: Flags) -> Table:
     """Per owner, the first and last ring step at which a rank needs its block."""
     size = len(sees)
     step = (np.arange(size)[:, None] - np.arange(size)[None]) % size

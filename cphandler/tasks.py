@@ -43,7 +43,7 @@ def cut(
     bands = tightened(bands)
     parts = [(table([], 7), table([], 1).reshape(-1))]
     for query_spans in queries.tables(query_ranks):
-        pieces = _query_pieces(bands, query_spans)
+        pieces = query_pieces(bands, query_spans)
         parts += [_local_tasks(pieces, key_spans) for key_spans in keys.tables(key_ranks)]
     tasks, ranks = zip(*parts, strict=True)
     return np.concatenate(tasks), np.concatenate(ranks)
@@ -64,7 +64,7 @@ def _cut(starts: Table, stops: Table, spans: Table) -> tuple[Table, Table, Table
     return interval[keep], span[keep], first[keep], stop[keep]
 
 
-class _Pieces(NamedTuple):
+class Pieces(NamedTuple):
     """Bands cut by query spans: each band tightened to its rows, and the rows ``[first, stop)`` of their span."""
 
     bands: Table
@@ -73,7 +73,8 @@ class _Pieces(NamedTuple):
     stop: Table
 
 
-def _query_pieces(bands: Table, queries: Table) -> _Pieces:
+def query_pieces(bands: Table, queries: Table) -> Pieces:
+    """Bands cut by spans that do not interleave; every row of a piece sees a key, and at stride 1 every key is seen."""
     band, span, first, stop = _cut(bands[:, Q0], bands[:, Q1], queries)
     start, stride = queries[span, START], queries[span, STRIDE]
     pieces = bands[band]
@@ -81,10 +82,10 @@ def _query_pieces(bands: Table, queries: Table) -> _Pieces:
     pieces[:, Q1] = start + (stop - 1) * stride + 1
     pieces[:, K0] = np.maximum(pieces[:, K0], pieces[:, Q0] + pieces[:, LO])
     pieces[:, K1] = np.minimum(pieces[:, K1], pieces[:, Q1] + pieces[:, HI])
-    return _Pieces(pieces, queries[span], first, stop)
+    return Pieces(pieces, queries[span], first, stop)
 
 
-def _local_tasks(pieces: _Pieces, key_spans: Table) -> tuple[Table, Table]:
+def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
     """Pieces cut by key spans, in local rows, and the rank that runs each.
 
     The bounds are converted by stride and offset here, once; then rows that see nothing are trimmed.
@@ -205,7 +206,7 @@ def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
     strided = any((spans[:, STRIDE] != 1).any() for spans in [*query_tables, *key_tables])
     for some in range(0, len(bands), 256):
         for query_spans in query_tables:
-            pieces = _query_pieces(bands[some : some + 256], query_spans)
+            pieces = query_pieces(bands[some : some + 256], query_spans)
             for key_spans in key_tables:
                 if strided:
                     tasks, ranks = _local_tasks(pieces, key_spans)
@@ -217,7 +218,7 @@ def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
     return result
 
 
-def _mark_owners(result: Flags, pieces: _Pieces, key_spans: Table) -> None:
+def _mark_owners(result: Flags, pieces: Pieces, key_spans: Table) -> None:
     """Mark the owners of the spans that each piece's key interval meets, without listing the pairs.
 
     At stride 1 every key of a tightened piece is seen, so a piece marks one run of the ascending spans; runs are summed
