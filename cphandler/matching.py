@@ -46,22 +46,35 @@ def matchings(wanted: Flags) -> Table:
 
 
 class _Colouring:
-    """Edges with colours, no two of one colour at a vertex; -1 where a vertex has no edge of a colour."""
+    """Edges with colours, no two of one colour at a vertex; -1 where a vertex has no edge of a colour.
+
+    The colours that are free at a vertex are the bits of one integer, so that two ends agree on one in a few operations
+    whatever the number of colours.
+    """
 
     def __init__(self, size: int, colours: int) -> None:
         self.by_receiver = [[-1] * colours for _ in range(size)]
         self.by_sender = [[-1] * colours for _ in range(size)]
+        self.free_at_receiver = [(1 << colours) - 1] * size
+        self.free_at_sender = [(1 << colours) - 1] * size
 
     def add(self, receiver: int, sender: int) -> None:
         """Add an edge in the first colour free at both ends; make one free where there is none."""
-        receives, sends = self.by_receiver[receiver], self.by_sender[sender]
-        for colour, (a, b) in enumerate(zip(receives, sends, strict=True)):
-            if a < 0 and b < 0:
-                receives[colour], sends[colour] = sender, receiver
-                return
-        colour, other = receives.index(-1), sends.index(-1)
-        self._swap(sender, colour, other)
-        receives[colour], sends[colour] = sender, receiver
+        colour = _lowest(self.free_at_receiver[receiver] & self.free_at_sender[sender])
+        if colour < 0:
+            colour, other = _lowest(self.free_at_receiver[receiver]), _lowest(self.free_at_sender[sender])
+            self._swap(sender, colour, other)
+        self._put(receiver, sender, colour)
+
+    def _put(self, receiver: int, sender: int, colour: int) -> None:
+        self.by_receiver[receiver][colour], self.by_sender[sender][colour] = sender, receiver
+        self.free_at_receiver[receiver] &= ~(1 << colour)
+        self.free_at_sender[sender] &= ~(1 << colour)
+
+    def _take(self, receiver: int, sender: int, colour: int) -> None:
+        self.by_receiver[receiver][colour] = self.by_sender[sender][colour] = -1
+        self.free_at_receiver[receiver] |= 1 << colour
+        self.free_at_sender[sender] |= 1 << colour
 
     def _swap(self, sender: int, colour: int, other: int) -> None:
         """Exchange two colours along the path that starts at a sender with ``colour``; it cannot reach the receiver.
@@ -80,8 +93,12 @@ class _Colouring:
                 break
             path.append((receiver, following, other))
             wanted = following
+        for edge in path:
+            self._take(*edge)
         for receiver, at, was in path:
-            self.by_receiver[receiver][was] = self.by_sender[at][was] = -1
-        for receiver, at, was in path:
-            becomes = other if was == colour else colour
-            self.by_receiver[receiver][becomes], self.by_sender[at][becomes] = at, receiver
+            self._put(receiver, at, other if was == colour else colour)
+
+
+def _lowest(colours: int) -> int:
+    """The first colour of a set kept as bits; -1 for none."""
+    return (colours & -colours).bit_length() - 1
