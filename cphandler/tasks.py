@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cphandler.intervals import UNBOUNDED, Flags, Table, overlaps, table
+from cphandler.intervals import UNBOUNDED, Flags, Table, expand, overlaps, table
 from cphandler.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout
 from cphandler.mask import HI, K0, K1, LO, Q0, Q1, tightened
 
@@ -198,46 +198,42 @@ def _joined_diagonal(tasks: Table) -> Table:
 def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
     """``[P_q, P_k]``: whether rank r's queries see any key of owner o.
 
-    Looks at bands by the hundreds and stops when everybody sees everybody, as soon happens for most batches.
+    Looks at the longest bands first, at more and more of them, and stops when everybody sees everybody, as soon happens
+    where long documents are cut over all ranks.
     """
     bands = tightened(bands)
+    bands = bands[np.argsort(bands[:, K0] - bands[:, K1], kind="stable")]
     result = np.zeros((queries.cp_size, keys.cp_size), dtype=bool)
-    query_tables, key_tables = list(queries.tables()), list(keys.tables())
+    query_tables = list(queries.tables())
+    key_tables = query_tables if keys is queries else list(keys.tables())
     strided = any((spans[:, STRIDE] != 1).any() for spans in [*query_tables, *key_tables])
-    for some in range(0, len(bands), 256):
+    first, count = 0, 4
+    while first < len(bands) and not result.all():
         for query_spans in query_tables:
-            pieces = query_pieces(bands[some : some + 256], query_spans)
+            pieces = query_pieces(bands[first : first + count], query_spans)
             for key_spans in key_tables:
                 if strided:
                     tasks, ranks = _local_tasks(pieces, key_spans)
                     result[ranks, tasks[:, OWNER]] = True
                 else:
                     _mark_owners(result, pieces, key_spans)
-        if result.all():
-            break
+        first, count = first + count, 4 * count
     return result
 
 
-def _mark_owners(result: Flags, pieces: Pieces, key_spans: Table) -> None:
-    """Mark the owners of the spans that each piece's key interval meets, without listing the pairs.
+def _mark_owners(result: Flags, pieces: Pieces, key_spans: Table, room: int = 1 << 20) -> None:
+    """Mark the owners of the spans that each piece's key interval meets.
 
-    At stride 1 every key of a tightened piece is seen, so a piece marks one run of the ascending spans; runs are summed
-    by counting, per rank, where they open and close.
+    At stride 1 every key of a piece is seen, so a piece meets one run of the ascending spans. Runs are listed the
+    longest first, about ``room`` spans at a time; those of ranks that see everybody by then are left out.
     """
-    if not len(pieces.bands):
-        return
-    lowest, highest = pieces.bands[:, K0].min(), pieces.bands[:, K1].max()
-    near = (key_spans[:, START] < highest) & (key_spans[:, START] + key_spans[:, LENGTH] > lowest)
-    key_spans = key_spans[near]
     opens = np.searchsorted(key_spans[:, START] + key_spans[:, LENGTH], pieces.bands[:, K0], side="right")
     closes = np.searchsorted(key_spans[:, START], pieces.bands[:, K1], side="left")
-    some = (pieces.bands[:, K1] > pieces.bands[:, K0]) & (closes > opens)
-    width = len(key_spans) + 1
-    row = pieces.spans[some, RANK] * width
-    change = np.bincount(row + opens[some], minlength=len(result) * width)
-    change -= np.bincount(row + closes[some], minlength=len(result) * width)
-    seen = np.cumsum(change.reshape(len(result), width), axis=1)[:, :-1] > 0
-    order = np.argsort(key_spans[:, RANK], kind="stable")
-    owners, first = np.unique(key_spans[order, RANK], return_index=True)
-    if len(owners):
-        result[:, owners] |= np.logical_or.reduceat(seen[:, order], first, axis=1)
+    order = np.argsort(opens - closes, kind="stable")
+    opens, counts, ranks = opens[order], (closes - opens)[order], pieces.spans[order, RANK]
+    while len(ranks):
+        some = max(1, int(np.searchsorted(np.cumsum(counts), room)))
+        seen = key_spans[expand(opens[:some], counts[:some]), RANK]
+        result[np.repeat(ranks[:some], counts[:some]), seen] = True
+        left = some + np.flatnonzero(~result.all(axis=1)[ranks[some:]])
+        opens, counts, ranks = opens[left], counts[left], ranks[left]
