@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all check format lint types build bench precision clean
+.PHONY: help demo test test-all check format lint types build bench precision planning clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -63,6 +63,10 @@ bench: $(VENV)/installed
 ## make precision the error of bfloat16 on 1, 2, 4 and 8 ranks
 precision: $(VENV)/installed
 	$(BIN)/python benchmarks/precision.py $(BENCH)
+
+## make planning  what layouts move and how level they are, on honest document lengths
+planning: $(VENV)/installed
+	$(BIN)/python -m benchmarks.planning $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,7 +80,9 @@ def histogram(corpus: str) -> tuple[list[tuple[int, int]], list[float]]:
     return [(low, high) for low, high in edges], [weight / total for weight in buckets.values()]
 
 
-def drawn(corpus: str, ranks: int, count: int, seed: int, *, tokens: int = TOKENS) -> list[list[int]]:
+def drawn(
+    corpus: str, ranks: int, count: int, seed: int, *, tokens: int = TOKENS, longest: int | None = None
+) -> list[list[int]]:
     """Other packs of the same kind.
 
     Lengths are uniform inside a bucket, a document is at most a quarter of its pack, and the last one is trimmed so
@@ -92,17 +94,19 @@ def drawn(corpus: str, ranks: int, count: int, seed: int, *, tokens: int = TOKEN
         count: how many packs.
         seed: what decides them, together with the corpus and the ranks.
         tokens: tokens of a pack for each rank.
+        longest: tokens of the longest document; None for a quarter of the pack.
     """
     generator = np.random.default_rng([seed, CORPORA.index(corpus), ranks])
     buckets, weights = histogram(corpus)
     low, high = np.array(buckets).T
     total, result = ranks * tokens, []
+    longest = total // 4 if longest is None else longest
     for _ in range(count):
         pack: list[int] = []
         room = total
         while room:
             bucket = generator.choice(len(low), p=weights, size=max(16, ranks))
-            for length in np.clip(generator.integers(low[bucket], high[bucket]), 1, total // 4).tolist():
+            for length in np.clip(generator.integers(low[bucket], high[bucket]), 1, longest).tolist():
                 pack.append(min(length, room))
                 room -= pack[-1]
                 if not room:

@@ -235,5 +235,6 @@ def _mark_owners(result: Flags, pieces: Pieces, key_spans: Table, room: int = 1 
         some = max(1, int(np.searchsorted(np.cumsum(counts), room)))
         seen = key_spans[expand(opens[:some], counts[:some]), RANK]
         result[np.repeat(ranks[:some], counts[:some]), seen] = True
-        left = some + np.flatnonzero(~result.all(axis=1)[ranks[some:]])
+        done: Flags = np.logical_and.reduce(result, axis=1)
+        left = some + np.flatnonzero(~done[ranks[some:]])
         opens, counts, ranks = opens[left], counts[left], ranks[left]
