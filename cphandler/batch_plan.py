@@ -24,7 +24,7 @@ from cphandler.load import Load, load
 from cphandler.mask import Mask, make_mask, restrict
 from cphandler.plan import Plan, make_plan, ring_hops
 from cphandler.sequence import Documents, Offsets
-from cphandler.tasks import visibility
+from cphandler.tasks import task_counts, visibility
 
 COMM_TYPES = ("p2p", "ring", "all_gather")
 """Ways for keys to reach queries whose plans differ; those that trade heads instead move no key rows by a plan."""
@@ -116,11 +116,7 @@ class BatchPlan:
         """
         if not 0 <= rank < self.cp_size:
             raise InvalidValueError("there is no such rank", got=rank, fix=f"ranks are 0 to {self.cp_size - 1}")
-        if self.layout.replicated and self.cp_size > 1:
-            raise UnsupportedError(
-                "on a replicated layout every rank holds all keys and computes some heads",
-                fix="use cp_comm_type='a2a' for it, which needs no plan",
-            )
+        self._refuse_replicated()
         ring, direct = self.cp_comm_type == "ring", self.cp_comm_type == "p2p"
         return make_plan(self.bands, self.layout, self.layout, rank, ring=ring, direct=direct)
 
@@ -147,7 +143,7 @@ class BatchPlan:
             value_dim: channels of a value head; None for as many.
             itemsize: bytes of a number of keys and values.
             gradient_itemsize: bytes of a number of their gradients on the wire; None for the accumulator's, 4 at least.
-            count_tasks: also cut and time the tasks of every rank, which takes P times as long as one plan.
+            count_tasks: also cut the tasks of every rank, and time the plan of the rank that has most.
 
         Raises:
             InvalidValueError: one of ``kv_heads`` and ``head_dim`` without the other.
@@ -196,10 +192,19 @@ class BatchPlan:
         return visited.sum(axis=1) * rows, (visited & (step >= first)).sum(axis=1) * rows
 
     def _counted(self) -> tuple[Table, float]:
-        """``[P]`` tasks of each rank, and the mean seconds that it takes to cut a rank's."""
+        """``[P]`` tasks of each rank, and the seconds that it takes to plan the rank that has most."""
+        self._refuse_replicated()
+        counts = task_counts(self.bands, self.layout, self.layout)
         started = time.perf_counter()
-        counts = [len(self.plan(rank).tasks) for rank in range(self.cp_size)]
-        return np.array(counts, dtype=np.int64), (time.perf_counter() - started) / self.cp_size
+        self.plan(int(counts.argmax()))
+        return counts, time.perf_counter() - started
+
+    def _refuse_replicated(self) -> None:
+        if self.layout.replicated and self.cp_size > 1:
+            raise UnsupportedError(
+                "on a replicated layout every rank holds all keys and computes some heads",
+                fix="use cp_comm_type='a2a' for it, which needs no plan",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +224,7 @@ class PlanStats:
         both_bytes: ``[P]`` bytes that move for its queries forward and backward: keys and values, received twice, and
             their gradients, which it sends.
         tasks: ``[P]`` tasks of each rank; None where they were not counted.
-        plan_seconds: mean time it took to plan a rank; None where tasks were not counted.
+        plan_seconds: time it took to plan the rank of most tasks; None where tasks were not counted.
     """
 
     layout: str
@@ -274,5 +279,5 @@ class PlanStats:
             parts.append(f"{int(self.tasks.sum())} tasks, {int(self.tasks.max())} at most")
         times = f"layout {1e3 * self.layout_seconds:.1f} ms"
         if self.plan_seconds is not None:
-            times += f", plan {1e3 * self.plan_seconds:.1f} ms a rank"
+            times += f", a rank's plan {1e3 * self.plan_seconds:.1f} ms"
         return "; ".join([*parts, times])

@@ -137,6 +137,24 @@ def coalesced(tasks: Table) -> Table:
     return _joined_diagonal(tasks)
 
 
+def task_counts(bands: Table, queries: Layout, keys: Layout, room: int = 1 << 12) -> Table:
+    """``[P]`` tasks of each rank, neighbours joined.
+
+    Args:
+        bands: ``[n, 6]`` disjoint bands over valid rows, global coordinates.
+        queries: layout of the query stream.
+        keys: layout of the key stream.
+        room: query spans that are cut at a time: of several ranks where they have few, of one rank at least.
+    """
+    result = np.zeros(queries.cp_size, dtype=np.int64)
+    chunk = np.cumsum([len(spans) for spans in queries.spans]) // room
+    for ranks in np.split(np.arange(queries.cp_size), np.flatnonzero(np.diff(chunk)) + 1):
+        tasks, runs_on = cut(bands, queries, keys, ranks.tolist())
+        tasks[:, OWNER] += runs_on * keys.cp_size  # a pair of ranks stands for the owner, so that nothing joins across
+        result += np.bincount(coalesced(tasks)[:, OWNER] // keys.cp_size, minlength=len(result))
+    return result
+
+
 def _joined_rows(tasks: Table, start: int, length: int, other: int, other_length: int) -> Table:
     """Join full tasks that touch along one side and have the same rows on the other."""
     full = _is_full(tasks)
