@@ -40,11 +40,9 @@ def cut(
     Returns:
         ``[m, 7]`` tasks, every row and key of which sees or is seen, and ``[m]`` the rank of each one's queries.
     """
-    bands = tightened(bands)
+    pieces = _all_pieces(tightened(bands), list(queries.tables(query_ranks)))
     parts = [(table([], 7), table([], 1).reshape(-1))]
-    for query_spans in queries.tables(query_ranks):
-        pieces = query_pieces(bands, query_spans)
-        parts += [_local_tasks(pieces, key_spans) for key_spans in keys.tables(key_ranks)]
+    parts += [_local_tasks(pieces, key_spans) for key_spans in keys.tables(key_ranks)]
     tasks, ranks = zip(*parts, strict=True)
     return np.concatenate(tasks), np.concatenate(ranks)
 
@@ -83,6 +81,14 @@ def query_pieces(bands: Table, queries: Table) -> Pieces:
     pieces[:, K0] = np.maximum(pieces[:, K0], pieces[:, Q0] + pieces[:, LO])
     pieces[:, K1] = np.minimum(pieces[:, K1], pieces[:, Q1] + pieces[:, HI])
     return Pieces(pieces, queries[span], first, stop)
+
+
+def _all_pieces(bands: Table, tables: Sequence[Table]) -> Pieces:
+    """Bands cut by several tables, each of which does not interleave in itself."""
+    if len(tables) == 1:
+        return query_pieces(bands, tables[0])
+    parts = [query_pieces(bands, spans) for spans in [table([], 5), *tables]]
+    return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
@@ -227,14 +233,13 @@ def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
     strided = any((spans[:, STRIDE] != 1).any() for spans in [*query_tables, *key_tables])
     first, count = 0, 4
     while first < len(bands) and not result.all():
-        for query_spans in query_tables:
-            pieces = query_pieces(bands[first : first + count], query_spans)
-            for key_spans in key_tables:
-                if strided:
-                    tasks, ranks = _local_tasks(pieces, key_spans)
-                    result[ranks, tasks[:, OWNER]] = True
-                else:
-                    _mark_owners(result, pieces, key_spans)
+        pieces = _all_pieces(bands[first : first + count], query_tables)
+        for key_spans in key_tables:
+            if strided:
+                tasks, ranks = _local_tasks(pieces, key_spans)
+                result[ranks, tasks[:, OWNER]] = True
+            else:
+                _mark_owners(result, pieces, key_spans)
         first, count = first + count, 4 * count
     return result
 
