@@ -7,12 +7,12 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.comm import accumulator_dtype
 from cphandler.exchange import Block, Route, get_exchange
@@ -42,8 +42,52 @@ class AttentionResult(NamedTuple):
     max_logit: Tensor | None
 
 
-@dataclass(frozen=True)
-class Terms:
+class Indices(NamedTuple):
+    """Which tokens rows hold, for what the plan does not say; int64, on the rows' device.
+
+    Attributes:
+        places: ``[S]``: see :class:`Route`; None leaves gathered rows in rank order.
+        queries: ``[L]`` global token of each query row; None without dropout.
+        keys: ``[owners, M]`` global token of each owner's key rows; None without dropout.
+    """
+
+    places: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    def packed(self) -> tuple[Tensor | None, list[int]]:
+        """One tensor, None where there is nothing, and the lengths in it, -1 for what is missing."""
+        given = [x.flatten() for x in self if x is not None]
+        flat = torch.cat(given) if len(given) > 1 else given[0] if given else None
+        return flat, [-1 if x is None else len(x) for x in self]
+
+    @classmethod
+    def unpacked(cls, flat: Tensor | None, places: int, queries: int, owners: int) -> Indices:
+        """The indices that :meth:`packed` gave."""
+        if flat is None:
+            return cls()
+        in_front = max(0, places)
+        of_keys = flat[in_front + queries :]
+        return cls(
+            flat[:in_front] if places >= 0 else None,
+            flat[in_front : in_front + queries],
+            of_keys.view(owners, len(of_keys) // owners),
+        )
+
+
+NO_INDICES = Indices()
+
+
+class Packed(NamedTuple):
+    """Terms and indices as an operator's last arguments: few, since torch takes microseconds over each in each call."""
+
+    indices: Tensor | None
+    floats: list[float]
+    integers: list[int]
+    names: str
+
+
+class Terms(NamedTuple):
     """Everything about one attention call that is no tensor.
 
     Attributes:
@@ -75,32 +119,49 @@ class Terms:
     tokens: tuple[int, int] = (0, 0)
     repeats: tuple[int, ...] = ()
 
-    def packed(self) -> tuple[list[float], list[int], str, str, str, str]:
-        """The terms as an operator's arguments."""
-        integers = [self.dropout_seed, self.layer, self.first_head, *self.tokens, *self.repeats]
-        return (
-            [self.scale, self.softcap, self.dropout_p],
-            integers,
-            self.kernel,
-            self.exchange,
-            self.group_name,
-            self.wire,
-        )
+    def packed(self, indices: Indices = NO_INDICES) -> Packed:
+        """The terms and the indices as an operator's last arguments; what dropout alone asks for goes with it alone."""
+        flat, integers = indices.places, [*self.repeats]
+        if self.dropout_p:
+            flat, lengths = indices.packed()
+            integers = [*lengths, self.dropout_seed, self.layer, self.first_head, *self.tokens, *integers]
+        names = "\n".join((self.kernel, self.exchange, self.group_name, self.wire))
+        return Packed(flat, [self.scale, self.softcap, self.dropout_p], integers, names)
 
     @classmethod
-    def of(cls, floats: list[float], integers: list[int], *names: str) -> Terms:
-        """The terms that :meth:`packed` gave."""
-        kernel, exchange, group_name, wire = names
+    def unpacked(
+        cls, flat: Tensor | None, floats: list[float], integers: list[int], names: str
+    ) -> tuple[Terms, Indices]:
+        """What :meth:`packed` was given."""
         scale, softcap, dropout_p = floats
-        seed, layer, head, queries, keys, *repeats = integers
-        tokens = queries, keys
-        options = softcap, dropout_p, seed, layer, head
-        return cls(scale, kernel, exchange, group_name, wire, *options, tokens=tokens, repeats=tuple(repeats))
+        kernel, exchange, group_name, wire = names.split("\n")
+        if not dropout_p:
+            terms = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=tuple(integers))
+            return terms, Indices(flat)
+        places, queries, owners, seed, layer, head, query_tokens, key_tokens, *repeats = integers
+        options, tokens = (softcap, dropout_p, seed, layer, head), (query_tokens, key_tokens)
+        terms = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(repeats))
+        return terms, Indices.unpacked(flat, places, queries, owners)
 
     def route(self, plan: Tensor, places: Tensor | None) -> Route:
         """What the exchange must know."""
         wire = getattr(torch, self.wire) if self.wire else None
-        return Route(Plan.from_tensor(plan), self.group_name, places, wire)
+        return Route(_unpacked_plan(plan), self.group_name, places, wire)
+
+
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Per packed plan, its version when it was unpacked, and the plan; gone with the tensor."""
+
+
+def _unpacked_plan(packed: Tensor) -> Plan:
+    """The plan in a tensor: unpacked once for all layers and passes, and again where the tensor was written to."""
+    if packed.is_inference():  # keeps no count of writes
+        return Plan.from_tensor(packed)
+    known: tuple[int, Plan] | None = _plans.get(packed)
+    if known is None or known[0] != packed._version:
+        known = packed._version, Plan.from_tensor(packed)
+        _plans[packed] = known
+    return known[1]
 
 
 def attention(
@@ -111,8 +172,7 @@ def attention(
     terms: Terms,
     *,
     sinks: Tensor | None = None,
-    places: Tensor | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
+    indices: Indices = NO_INDICES,
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's query rows over all keys that the plan says they see.
 
@@ -123,21 +183,18 @@ def attention(
         plan: this rank's plan, or the tensor it packs to.
         terms: the rest.
         sinks: ``[N]``: one more logit per head in every row's softmax, without a value.
-        places: ``[S]``: see :class:`Route`.
-        positions: with dropout, the global token of each query row ``[L]`` and of each owner's key rows
-            ``[owners, M]``.
+        indices: which tokens rows hold.
 
     Returns:
         ``out [B, L, N, D_v]`` in q's dtype, contiguous, zero where a row sees nothing; ``lse [B, L, N]`` in the
         accumulator's dtype, ``-inf`` there. Both are differentiable; the gradient of the sinks is over these rows.
     """
     packed = plan.to_tensor() if isinstance(plan, Plan) else plan
-    queries, keys = (None, None) if positions is None or not terms.dropout_p else positions
-    out, lse = attention_forward(q, k, v, sinks, packed, places, queries, keys, *terms.packed())
+    out, lse = attention_forward(q, k, v, sinks, packed, *terms.packed(indices))
     return out, lse
 
 
-def max_logit(q: Tensor, k: Tensor, plan: Tensor, terms: Terms, places: Tensor | None = None) -> Tensor:
+def max_logit(q: Tensor, k: Tensor, plan: Tensor, terms: Terms, indices: Indices = NO_INDICES) -> Tensor:
     """``[N]`` largest scaled score of each head over this rank's queries: the keys travel once more.
 
     Args:
@@ -145,9 +202,10 @@ def max_logit(q: Tensor, k: Tensor, plan: Tensor, terms: Terms, places: Tensor |
         k: ``[B, M, G, D]``.
         plan: this rank's plan, packed.
         terms: scale, kernel, exchange and group count.
-        places: ``[S]``: see :class:`Route`.
+        indices: the places count.
     """
-    result: Tensor = largest_scores(q.detach(), k.detach(), plan, places, *terms.packed())
+    last = terms._replace(dropout_p=0.0).packed(indices)  # a score is the same whether its weight is dropped or not
+    result: Tensor = largest_scores(q.detach(), k.detach(), plan, *last)
     return result
 
 
@@ -176,9 +234,10 @@ def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats
 class _Weighting:
     """How scores become weights, block by block."""
 
-    def __init__(self, terms: Terms, q: Tensor, queries: Tensor | None, keys: Tensor | None) -> None:
+    def __init__(self, terms: Terms, q: Tensor, indices: Indices) -> None:
         self._plain = Softmax(terms.scale, terms.softcap or None)
         self._p, self._keys = terms.dropout_p, None
+        _, queries, keys = indices
         if terms.dropout_p and queries is not None and keys is not None:
             per_row, keys_per_row = (max(1, count) for count in terms.tokens)
             rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1) + queries // per_row
@@ -202,7 +261,10 @@ def _without_autocast(operation: Callable[P, T]) -> Callable[P, T]:
     @wraps(operation)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         first: Any = args[0]
-        with torch.autocast(first.device.type, enabled=False):
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):
+            return operation(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
             return operation(*args, **kwargs)
 
     return run
@@ -216,23 +278,18 @@ def attention_forward(
     v: Tensor,
     sinks: Tensor | None,
     plan: Tensor,
-    places: Tensor | None,
-    queries: Tensor | None,
-    keys: Tensor | None,
+    indices: Tensor | None,
     floats: list[float],
     integers: list[int],
-    kernel: str,
-    exchange: str,
-    group_name: str,
-    wire: str,
+    names: str,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`attention`."""
-    terms = Terms.of(floats, integers, kernel, exchange, group_name, wire)
+    terms, where = Terms.unpacked(indices, floats, integers, names)
     accumulator = accumulator_dtype(q.dtype)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=accumulator)
     lse = q.new_full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    compute, weighting = get_kernel(kernel, q.device.type), _Weighting(terms, q, queries, keys)
-    for block in get_exchange(exchange).forward(terms.route(plan, places), (k, v)):
+    compute, weighting = get_kernel(terms.kernel, q.device.type), _Weighting(terms, q, where)
+    for block in get_exchange(terms.exchange).forward(terms.route(plan, where.places), (k, v)):
         block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
         compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
         del block, block_keys, block_values  # before the exchange makes room for the next one
@@ -275,23 +332,18 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     plan: Tensor,
-    places: Tensor | None,
-    queries: Tensor | None,
-    keys: Tensor | None,
+    indices: Tensor | None,
     floats: list[float],
     integers: list[int],
-    kernel: str,
-    exchange: str,
-    group_name: str,
-    wire: str,
+    names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
-    terms = Terms.of(floats, integers, kernel, exchange, group_name, wire)
+    terms, where = Terms.unpacked(indices, floats, integers, names)
     accumulator = accumulator_dtype(q.dtype)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator) for x in (q, k, v))
-    compute: Kernel = get_kernel(kernel, q.device.type)
-    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(terms, q, queries, keys)
-    for block in get_exchange(exchange).backward(terms.route(plan, places), (k, v), (dk, dv)):
+    compute: Kernel = get_kernel(terms.kernel, q.device.type)
+    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(terms, q, where)
+    for block in get_exchange(terms.exchange).backward(terms.route(plan, where.places), (k, v), (dk, dv)):
         block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
         grads = Gradients(dq, *(_per_head(x, terms.repeats, zeros=True) for x in block.grads))
         compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
@@ -307,19 +359,16 @@ def largest_scores(
     q: Tensor,
     k: Tensor,
     plan: Tensor,
-    places: Tensor | None,
+    indices: Tensor | None,
     floats: list[float],
     integers: list[int],
-    kernel: str,
-    exchange: str,
-    group_name: str,
-    wire: str,
+    names: str,
 ) -> Tensor:
     """See :func:`max_logit`."""
-    terms = Terms.of(floats, integers, kernel, exchange, group_name, wire)
+    terms, where = Terms.unpacked(indices, floats, integers, names)
     result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
-    compute = get_kernel(kernel, q.device.type)
-    for block in get_exchange(exchange).forward(terms.route(plan, places), (k,)):
+    compute = get_kernel(terms.kernel, q.device.type)
+    for block in get_exchange(terms.exchange).forward(terms.route(plan, where.places), (k,)):
         compute.max_logit(q, _per_head(block.rows[0], terms.repeats), _tasks(block), terms.scale, result)
         del block
     return result
@@ -345,9 +394,9 @@ def _fake_largest(q: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sinks, plan, places, queries, keys, *ctx.terms = inputs
+    q, k, v, sinks, plan, indices, *ctx.terms = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, sinks, *output, plan, places, queries, keys)
+    ctx.save_for_backward(q, k, v, sinks, *output, plan, indices)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -355,7 +404,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     dq, dk, dv, dsinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.terms)
-    return (dq, dk, dv, None if sinks is None else dsinks, *[None] * 10)
+    return (dq, dk, dv, None if sinks is None else dsinks, *[None] * 5)
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)

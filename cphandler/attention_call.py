@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,8 +97,7 @@ class TensorRules:
             raise InvalidValueError("the head dim must not be 0")
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """A checked call.
 
     Attributes:
@@ -185,7 +184,7 @@ class AttentionCall:
 
     def replaced(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionCall:
         """The same call over other tensors: whole documents in place of local rows, or some heads only."""
-        return replace(self, q=q, k=k, v=v, **changes)
+        return self._replace(q=q, k=k, v=v, **changes)
 
     def describe(self) -> str:
         """The call in a few words, the same on every rank that makes the same one."""

@@ -93,6 +93,8 @@ class AttentionOptions:
         Raises:
             InvalidTypeError: an unknown name.
         """
+        if not options:
+            return _NONE_ASKED
         unknown = sorted(set(options) - set(cls.__dataclass_fields__))
         if unknown:
             raise InvalidTypeError(
@@ -123,6 +125,9 @@ def _check_positive(name: str, value: float | None) -> None:
 def _check_dropout(dropout_p: float) -> None:
     if not (isinstance(dropout_p, Real) and 0 <= dropout_p < 1):
         raise InvalidValueError("dropout_p must be a probability below 1", got=repr(dropout_p))
+
+
+_NONE_ASKED = AttentionOptions()
 
 
 class CoreAttention(torch.nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cphandler import comm
-from cphandler.attention import AttentionResult, Terms, attention, max_logit
+from cphandler.attention import AttentionResult, Indices, Terms, attention, max_logit
 from cphandler.attention_call import AttentionCall, TensorRules, batch_first, from_batch_first
 from cphandler.core_attention import AttentionOptions, OptionalArguments
 from cphandler.eager import eager
@@ -142,20 +142,18 @@ class LayoutHandler(RowsHandler):
         batch, rows, heads = q.shape[:3]
         if self.kv_padded_rows is not None:  # rows of a batch with padding are laid end to end
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-        plan, terms, places, positions = self._prepared(call, q.device)
-        out, lse = attention(q, k, v, plan, terms, sinks=call.sinks, places=places, positions=positions)
-        largest = max_logit(q, k, plan, terms, places) if call.wants_max_logit else None
+        plan, terms, indices = self._prepared(call, q.device)
+        out, lse = attention(q, k, v, plan, terms, sinks=call.sinks, indices=indices)
+        largest = max_logit(q, k, plan, terms, indices) if call.wants_max_logit else None
         return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
 
     @eager
-    def _prepared(
-        self, call: AttentionCall, device: torch.device
-    ) -> tuple[Tensor, Terms, Tensor | None, tuple[Tensor, Tensor] | None]:
+    def _prepared(self, call: AttentionCall, device: torch.device) -> tuple[Tensor, Terms, Indices]:
         """The packed plan of a call and what else the operator takes."""
         site = self.site(call)
         terms = self._terms(call, site)
-        positions = site.positions(device) if terms.dropout_p else None
-        return site.plan(call.mask), terms, site.places(device), positions
+        positions = site.positions(device) if terms.dropout_p else ()
+        return site.plan(call.mask), terms, Indices(site.places(device), *positions)
 
     def _terms(self, call: AttentionCall, site: Site) -> Terms:
         options = call.options

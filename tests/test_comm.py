@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler import Causal, record_traffic
-from cphandler.attention import Terms, attention
+from cphandler.attention import Indices, Terms, attention
 from cphandler.comm import all_gather, all_to_all, exchange_rows, post, reduce_scatter, ring_shift
 from cphandler.layout import make_layout
 from cphandler.plan import make_plan
@@ -192,11 +192,23 @@ def test_operators_satisfy_torchs_own_checks() -> None:
     plan = make_plan(Causal().bands(documents, documents), one, one, 0).to_tensor()
     q, k, v = (torch.randn(1, 9, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    places, ids = torch.arange(9), torch.arange(9)
-    terms = Terms(0.4, "reference", softcap=5.0, dropout_p=0.3, dropout_seed=4, tokens=(9, 9)).packed()
-    inputs = (q, k, v, sinks, plan, places, ids, ids[None], *terms)
+    ids = torch.arange(9)
+    terms = Terms(0.4, "reference", softcap=5.0, dropout_p=0.3, dropout_seed=4, tokens=(9, 9))
+    inputs = (q, k, v, sinks, plan, *terms.packed(Indices(ids, ids, ids[None])))
     torch.library.opcheck(torch.ops.cphandler.attention_forward.default, inputs)
-    plain = (q, k, v, None, plan, None, None, None, *Terms(0.4, "torch").packed())
+    plain = (q, k, v, None, plan, *Terms(0.4, "torch").packed())
     torch.library.opcheck(torch.ops.cphandler.attention_forward.default, plain)
-    largest = (q.detach(), k.detach(), plan, None, *terms)
+    largest = (q.detach(), k.detach(), plan, *terms.packed())
     torch.library.opcheck(torch.ops.cphandler.largest_scores.default, largest)
+
+
+def test_a_plan_that_was_written_to_is_unpacked_again() -> None:
+    """Operators keep what they unpacked as long as the tensor stays as it was."""
+    documents = [Documents.from_cu_seqlens([0, *stops]) for stops in ([4, 9], [7, 9])]
+    one = make_layout("contiguous", documents[0].offsets, 1)
+    first, second = (make_plan(Causal().bands(d, d), one, one, 0).to_tensor() for d in documents)
+    q = torch.randn(1, 9, 2, 8)
+    before, wanted = (attention(q, q, q, plan, Terms(0.5, "torch"))[0] for plan in (first, second))
+    first.copy_(second)
+    assert torch.equal(attention(q, q, q, first, Terms(0.5, "torch"))[0], wanted)
+    assert not torch.equal(before, wanted)

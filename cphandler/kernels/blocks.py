@@ -60,4 +60,4 @@ class BlockKernel(Kernel):
             )
         for task in tasks:
             for block in self.blocks(task, q):
-                yield block, softmax.of(block.rows, block.keys)
+                yield block, softmax if softmax.dropout is None else softmax.of(block.rows, block.keys)

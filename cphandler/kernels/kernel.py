@@ -75,6 +75,8 @@ class Kernel(ABC):
 
     def refused_option(self, *, softcap: bool, dropout: bool) -> str | None:
         """What this kernel says to the options asked for; None where it computes all of them."""
+        if not (softcap or dropout):
+            return None
         asked = {"softcap": softcap, "dropout": dropout}
         return "; ".join(self.refuses[name] for name in asked if asked[name] and name in self.refuses) or None
 

@@ -69,6 +69,13 @@ def narrowed(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[-1] == channels else x[..., :channels]
 
 
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors, each padded to the most channels that one of them has."""
+    channels = [x.shape[-1] for x in tensors]
+    widest = max(channels)
+    return [x if own == widest else padded(x, widest) for x, own in zip(tensors, channels, strict=True)]
+
+
 class TorchCpuKernel(BlockKernel):
     """torch's CPU flash attention; float16, bfloat16, float32, float64, grouped-query heads."""
 
@@ -100,8 +107,7 @@ class TorchCpuKernel(BlockKernel):
         Zeros appended to the narrower of queries and values change no score, and no channel that was there.
         """
         causal, mask = self._masking(block, q)
-        channels = max(q.shape[-1], v.shape[-1])
-        tensors: list[Any] = [unit_stride(padded(x, channels)) for x in (q, k, v)]
+        tensors: list[Any] = [unit_stride(x) for x in _widened(q, k, v)]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *tensors, 0.0, causal, attn_mask=mask, scale=softmax.scale
         )
@@ -118,8 +124,7 @@ class TorchCpuKernel(BlockKernel):
         if saved.grad_lse is not None:
             out = torch.cat([out, -saved.grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
-        channels = max(q.shape[-1], out.shape[-1])
-        tensors: list[Any] = [unit_stride(padded(x, channels)) for x in (grad_out, q, k, v, out)]
+        tensors: list[Any] = [unit_stride(x) for x in _widened(grad_out, q, k, v, out)]
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, saved.lse.transpose(1, 2), 0.0, causal, attn_mask=mask, scale=softmax.scale
         )
