@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.comm import accumulator_dtype
-from cphandler.exchange import Block, Route, get_exchange
-from cphandler.intervals import expand
+from cphandler.exchange import Block, Route, get_exchange, rows_of
 from cphandler.kernels import Kernel, Softmax, Task, get_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
@@ -251,7 +250,7 @@ class _Weighting:
             return self._plain
         keys = self._keys[block.owner]
         if block.runs is not None:
-            keys = keys[torch.from_numpy(expand(block.runs[:, 0], block.runs[:, 1])).to(keys.device)]
+            keys = keys[rows_of(block.runs, keys.device)]
         return self._plain._replace(dropout=Dropout(self._p, self._states, keys))
 
 

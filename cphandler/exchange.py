@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -342,7 +344,7 @@ _FEW_RUNS = 16
 def _packed_runs(rows: Rows, runs: Table) -> _Packed:
     """The rows of runs ``(start, length)``, end to end."""
     if len(runs) > _FEW_RUNS:
-        index = _index(runs, rows[0].device)
+        index = rows_of(runs, rows[0].device)
         return _Packed.of(tuple(row.index_select(1, index) for row in rows))
     packed = _Packed.empty_like(rows, int(runs[:, 1].sum()))
     for part, row in zip(packed.rows, rows, strict=True):
@@ -356,7 +358,7 @@ def _packed_runs(rows: Rows, runs: Table) -> _Packed:
 def _add_runs(total: Tensor, part: Tensor, runs: Table) -> None:
     """Add rows that lie end to end to the runs they came from."""
     if len(runs) > _FEW_RUNS:
-        index = _index(runs, total.device)
+        index = rows_of(runs, total.device)
         total.index_copy_(1, index, total.index_select(1, index).add_(part))
         return
     first = 0
@@ -365,8 +367,19 @@ def _add_runs(total: Tensor, part: Tensor, runs: Table) -> None:
         first += length
 
 
-def _index(runs: Table, device: torch.device) -> Tensor:
-    return torch.from_numpy(expand(runs[:, 0], runs[:, 1])).to(device)
+def rows_of(runs: Table, device: torch.device) -> Tensor:
+    """The row numbers in runs ``(start, length)``, end to end, on a device; not to be written to.
+
+    Every layer of a batch asks for the same ones, and another batch for others: the last ones are kept.
+    """
+    return _rows_of(runs.tobytes(), device)
+
+
+@lru_cache(maxsize=128)
+def _rows_of(runs: bytes, device: torch.device) -> Tensor:
+    starts, lengths = np.frombuffer(runs, dtype=np.int64).reshape(-1, 2).T
+    with torch.inference_mode(mode=False):  # asked for by an evaluation first, they may serve training later
+        return torch.from_numpy(expand(starts, lengths)).to(device)
 
 
 class GatherExchange(Exchange):
