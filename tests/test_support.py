@@ -31,7 +31,7 @@ from cphandler.cli import app
 from cphandler.support import MASKS, as_markdown, built_in
 from cphandler.testing import RankPool, partition_group
 from cphandler.testing.cases import Batch, Case, group_of, handler_class
-from cphandler.testing.laws import check_all
+from cphandler.testing.laws import check_all, check_determinism
 
 TABLES = built_in()
 LENGTHS = (13, 3, 6, 1, 9)
@@ -187,9 +187,67 @@ def test_cross_attention(ranks: RankPool, backend: str) -> None:
     ranks.run(check_all, cases)
 
 
+def group_for(backend: str) -> Any:
+    return partition_group([range(4)] if backend != "local" else [[r] for r in range(4)])
+
+
+def batches_without_rows(backend: str) -> None:
+    """B = 0 with a key-padding mask, of both streams or of the keys: nothing comes out, and it has gradients."""
+    for queries, form in itertools.product((8, 5), ("sbhd", "bshd")):
+        handler = handler_class(backend)(
+            cp_group=group_for(backend),
+            qkv_format=form,  # type: ignore[arg-type]
+            max_seqlen_q=queries,
+            max_seqlen_kv=8,
+            key_padding_mask=torch.zeros(0, 8, dtype=torch.bool),
+            mask="full",
+        )
+        assert handler.is_cross_attention == (queries != 8)
+        dim = handler.seq_dim
+        rows = {"q": handler.num_local_tokens, "kv": handler.kv_num_local_tokens}
+        shapes = {stream: (0, n) if form == "bshd" else (n, 0) for stream, n in rows.items()}
+        q, k, v = (torch.zeros(*shapes[s], 4, 8, requires_grad=True) for s in ("q", "kv", "kv"))
+        result = handler.core_attn(None, q, k, v, return_lse=True, return_max_logit=True)
+        result.out.sum().backward()
+        for x in (q, k, v):
+            assert x.grad is not None
+            assert x.grad.shape == x.shape
+        assert result.out.shape == q.shape
+        assert result.lse.shape == q.shape[:-1]
+        assert (result.max_logit == float("-inf")).all()
+        assert handler.combine(result.out, dim).shape[dim] == queries
+        assert handler.valid_mask.shape == (0, rows["q"])
+
+
+@pytest.mark.parametrize("backend", TABLES)
+def test_padded_batches_without_rows(ranks: RankPool, backend: str) -> None:
+    ranks.run(batches_without_rows, backend)
+
+
+def same_twice(cases: list[Case]) -> None:
+    for case in cases:
+        check_determinism(case)
+
+
+@pytest.mark.parametrize("backend", [*TABLES, ("a2a", "p2p", "a2a+ring", "all_gather")], ids=str)
+def test_two_runs_have_the_same_bits(ranks: RankPool, backend: str | tuple[str, ...]) -> None:
+    """On every layout, with dropout and without, in one backend's turn or as a list of one for each layer."""
+    lists = not isinstance(backend, str)
+    layouts = ["zigzag", "contiguous"] if lists else layouts_of(backend)  # type: ignore[arg-type]
+    ranks.run(
+        same_twice,
+        [
+            Case(backend, 1 if backend == "local" else 4, layout=layout, layer=layer, dtype=torch.float32, **options)
+            for layout in layouts
+            for layer in (range(1, 5) if lists else (None,))
+            for options in ({"heads": (4, 2), "head_dim": 16}, {"dropout_p": 0.3, "sinks": True, "max_logit": True})
+        ],
+    )
+
+
 def refusals(backend: str) -> None:
     """Every no of the construction, on every rank."""
-    table, group = TABLES[backend], partition_group([range(4)] if backend != "local" else [[r] for r in range(4)])
+    table, group = TABLES[backend], group_for(backend)
 
     def make(**arguments: Any) -> Any:
         return handler_class(backend)(cp_group=group, **{"qkv_format": "thd", "cu_seqlens_q": [0, 16], **arguments})
