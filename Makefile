@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all check format lint types build bench precision planning clean
+.PHONY: help demo test test-all check format lint types build bench precision options planning clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ precision: $(VENV)/installed
 ## make planning  what layouts move and how level they are, on honest document lengths
 planning: $(VENV)/installed
 	$(BIN)/python -m benchmarks.planning $(BENCH)
+
+## make options   what each option of attention costs, on one rank
+options: $(VENV)/installed
+	$(BIN)/python benchmarks/options.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
