@@ -1,19 +1,14 @@
-"""What may be asked of core_attn beside plain attention: determinism, bits, recompute, modules, options, traffic."""
+"""What may be asked of core_attn beside plain attention: strides, modules, options, masks by layer, traffic."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from cphandler import (
     AttentionResult,
@@ -31,14 +26,7 @@ from cphandler import (
     merge,
     record_traffic,
 )
-from cphandler.testing import (
-    RankPool,
-    assert_close,
-    dense_attention,
-    dense_gradients,
-    dense_max_logit,
-    partition_group,
-)
+from cphandler.testing import RankPool, assert_close, dense_attention, dense_gradients, dense_max_logit
 from cphandler.testing.cases import Batch, Case, draw, group_of, make_handler, visible
 
 BACKENDS = ["ring", "p2p", "all_gather", "ulysses", "usp"]
@@ -51,80 +39,6 @@ def local_tensors(case: Case, seed: int, handler: Any) -> list[Tensor]:
 
 def bits(tensors: Any) -> list[bytes]:
     return [x.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for x in tensors]
-
-
-def run_twice(case: Case) -> None:
-    """Forward and gradients of two runs have the same bits."""
-    group, seed = group_of(case)
-    if seed < 0:
-        return
-    seen = []
-    for _ in range(2):
-        handler = make_handler(case, group)
-        q, k, v, grad = local_tensors(case, seed, handler)
-        out = handler.core_attn(None, q, k, v)
-        seen.append(bits([out, *torch.autograd.grad(out, (q, k, v), grad)]))
-    assert seen[0] == seen[1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_two_runs_have_the_same_bits(ranks: RankPool, backend: str, dtype: torch.dtype) -> None:
-    for layout in ("zigzag", "contiguous"):
-        ranks.run(run_twice, Case(backend, 4, layout=layout, batch=LENGTHS, dtype=dtype, heads=(4, 2), head_dim=16))
-
-
-def ulysses_bits(case: Case) -> None:
-    group, seed = group_of(case)
-    if seed < 0:
-        return
-    handler = make_handler(case, group)
-    q, k, v, _ = local_tensors(case, seed, handler)
-    out = handler.combine(handler.core_attn(None, q, k, v), handler.seq_dim)
-    alone = make_handler(replace(case, backend="local", cp_size=1, layout=None), None)
-    whole = alone.core_attn(None, *draw(case, seed)[:3])
-    assert bits([out]) == bits([whole])
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1), (12, 6), (12, 4)], ids=str)
-@pytest.mark.parametrize("cp_size", [2, 4])
-def test_ulysses_forward_has_the_bits_of_one_rank(ranks: RankPool, heads: tuple[int, int], cp_size: int) -> None:
-    for mask in (Causal(), SlidingWindow(9, 3)):
-        for layout in ("contiguous", "zigzag"):
-            for qkv_format in ("thd", "sbhd"):
-                case = Case("ulysses", cp_size, qkv_format, layout, mask, LENGTHS, heads, 16, torch.float32)
-                ranks.run(ulysses_bits, case)
-
-
-def recompute(case: Case, reentrant: bool | None) -> None:
-    """Activation checkpointing, a second backward with retain_graph, and gradients of some inputs only."""
-    group, seed = group_of(case)
-    if seed < 0:
-        return
-    handler = make_handler(case, group)
-    q, k, v, grad = local_tensors(case, seed, handler)
-    plain = torch.autograd.grad(handler.core_attn(None, q, k, v), (q, k, v), grad)
-    if reentrant is not None:
-        out = checkpoint(lambda *x: handler.core_attn(None, *x), q, k, v, use_reentrant=reentrant)
-        out.backward(grad)
-        assert bits([q.grad, k.grad, v.grad]) == bits(plain)
-        return
-    out = handler.core_attn(None, q, k, v)
-    first = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-    second = torch.autograd.grad(out, (q, k, v), grad)
-    assert bits(first) == bits(second) == bits(plain)
-    for wanted in range(3):
-        inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((q, k, v))]
-        alone = torch.autograd.grad(handler.core_attn(None, *inputs), inputs[wanted], grad)
-        assert bits(alone) == bits([plain[wanted]])
-    with torch.no_grad():
-        assert bits([handler.core_attn(None, q, k, v)]) == bits([out])
-
-
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["retain", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_recompute_and_partial_gradients(ranks: RankPool, backend: str, reentrant: bool | None) -> None:
-    ranks.run(recompute, Case(backend, 4, batch=LENGTHS), reentrant)
 
 
 def strange_strides(case: Case) -> None:
@@ -245,29 +159,6 @@ def test_the_gradient_of_the_lse_alone() -> None:
     for a, e in zip(torch.autograd.grad(lse, leaves, grad_lse), expected[2], strict=True):
         assert_close(a, e) if e.any() else None
         assert e.any() or not a.any()
-
-
-def score_then_train(backend: str) -> None:
-    """A batch that is first scored under inference mode and then trained on, as reinforcement learning does."""
-    group, seed = group_of(Case(cp_size=4))
-    case = Case(backend, 4, batch=LENGTHS)
-    handler = make_handler(case, group)
-    q, k, v, grad = local_tensors(case, seed, handler)
-    with torch.inference_mode():
-        scored = handler.core_attn(None, q, k, v)
-        handler.roll_tensor(q, -1, 0)
-        handler.combine(q, 0)
-        handler.get_emb_on_this_cp_rank(torch.zeros(70, 8))
-    out = handler.core_attn(None, q, k, v)
-    assert bits([out]) == bits([scored])
-    out.backward(grad)
-    handler.roll_tensor(q, -1, 0)[0].sum().backward()
-    handler.combine(q, 0, grad="sum").sum().backward()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scoring_before_training(ranks: RankPool, backend: str) -> None:
-    ranks.run(score_then_train, backend)
 
 
 def test_positions_of_a_batch_are_the_callers_own() -> None:
@@ -417,106 +308,6 @@ def test_a_branch_of_ones_own(ranks: RankPool, backend: str) -> None:
     ranks.run(own_branch, Case(backend, 2, batch=Batch((12, 7, 1))))
 
 
-def cross_facts() -> None:
-    """The key stream has its own rows, positions and gradients; batches are cut by stream."""
-    group, _ = group_of(Case(cp_size=4))
-    handler = get_cp_handler_cls("p2p")(
-        cp_group=group,
-        qkv_format="thd",
-        cu_seqlens_q=[0, 4, 9],
-        cu_seqlens_kv=torch.tensor([0, 7, 8]),
-        cu_seqlens_kv_padded=torch.tensor([0, 8, 10]),
-        mask="full",
-    )
-    assert handler.is_cross_attention
-    assert (handler.num_local_tokens, handler.kv_num_local_tokens) == (3, 3)
-    assert (handler.max_seqlen_q, handler.max_seqlen_kv) == (5, 8)
-    assert (handler.get_rotary_seq_len(), handler.get_rotary_seq_len(stream="kv")) == (5, 8)
-    keys = torch.arange(10)
-    local = handler.dispatch(keys, 0, pad_value=-1, stream="kv")
-    assert torch.equal(handler.combine(local, 0, stream="kv"), keys)
-    positions = torch.cat([torch.arange(8), torch.arange(2)])
-    assert torch.equal(handler.kv_position_ids, handler.dispatch(positions, 0, stream="kv"))
-    real = torch.tensor([True] * 7 + [False, True, False])
-    assert torch.equal(handler.kv_valid_mask, handler.dispatch(real, 0, pad_value=False, stream="kv"))
-    table = torch.randn(8, 4)
-    freqs = handler.get_emb_on_this_cp_rank(table, stream="kv")
-    assert torch.equal(freqs, table[handler.kv_position_ids])
-    rolled, _ = handler.roll_tensor(local + 1, -1, 0, stream="kv")
-    assert torch.equal(handler.combine(rolled, 0, stream="kv"), torch.tensor([2, 3, 4, 5, 6, 7, 0, 0, 0, 0]))
-    batch = {"tokens": torch.arange(9), "pages": keys}
-    cut = get_batch_on_this_cp_rank(batch, cp_handler=handler, streams={"pages": "kv"}, pad_values={"pages": -1})
-    assert torch.equal(cut["pages"], local)
-    with pytest.raises(ValueError, match="cu_seqlens_kv says that the sequence has 10 tokens"):
-        handler.dispatch(torch.arange(11), 0, stream="kv")
-    with pytest.raises(ValueError, match="unknown stream; got 'k'"):
-        handler.dispatch(keys, 0, stream="k")
-    x = torch.randn(3, 2, 8)
-    with pytest.raises(ValueError, match="key must hold this rank's 3 rows"):
-        handler.core_attn(None, x, x[:2], x[:2])
-
-
-def test_cross_attention_facts(ranks: RankPool) -> None:
-    ranks.run(cross_facts)
-
-
-def test_key_offsets_that_repeat_the_querys_are_self_attention() -> None:
-    same = get_cp_handler_cls("local")(
-        qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=torch.tensor([0, 4]), max_seqlen_q=4, max_seqlen_kv=4
-    )
-    assert not same.is_cross_attention
-    assert same.kv_layout is same.layout
-    with pytest.raises(ValueError, match="must say where its diagonal lies"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 5])
-    with pytest.raises(ValueError, match="both streams need as many; got 1 and 2 documents"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 2, 5], mask="full")
-    with pytest.raises(ValueError, match="cross attention needs cu_seqlens_kv; got cu_seqlens_kv_padded alone"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv_padded=[0, 5])
-    with pytest.raises(ValueError, match="a pair of layouts is for"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], layout=("zigzag", "zigzag"))
-
-
-def test_a_key_stream_that_happens_to_be_as_long() -> None:
-    """Said explicitly: padding is then the keys' alone, and queries keep all their rows."""
-    real = torch.tensor([[True] * 4 + [False] * 2])
-    make = partial(get_cp_handler_cls("local"), qkv_format="bshd", max_seqlen_q=6, max_seqlen_kv=6, mask="full")
-    q = torch.randn(1, 6, 2, 8)
-    own, cross = make(key_padding_mask=real), make(key_padding_mask=real, cross_attention=True)
-    assert (own.is_cross_attention, cross.is_cross_attention) == (False, True)
-    assert own.core_attn(None, q, q, q)[:, 4:].abs().sum() == 0
-    assert cross.core_attn(None, q, q, q)[:, 4:].abs().min() > 0
-    packed = get_cp_handler_cls("local")(
-        qkv_format="thd",
-        cu_seqlens_q=[0, 4],
-        cu_seqlens_kv=[0, 4],
-        cross_attention=True,
-        layout=("zigzag", "contiguous"),
-    )
-    assert packed.is_cross_attention
-    with pytest.raises(ValueError, match="cross attention needs cu_seqlens_kv; got cross_attention=True alone"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cross_attention=True)
-    with pytest.raises(ValueError, match="cross_attention is False"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], cu_seqlens_kv=[0, 5], cross_attention=False)
-
-
-def under_autocast() -> None:
-    """Autocast stops at the operators: scores, weights and log-sum-exp stay in the accumulator's dtype."""
-    group, seed = group_of(Case(cp_size=4))
-    case = Case("p2p", 4, batch=LENGTHS, dtype=torch.float32)
-    handler = make_handler(case, group)
-    q, k, v, grad = local_tensors(case, seed, handler)
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            result = handler.core_attn(None, q, k, v, softcap=3.0, return_max_logit=True)
-        results.append(bits([result.out, result.max_logit, *torch.autograd.grad(result.out, (q, k, v), grad)]))
-    assert results[0] == results[1]
-
-
-def test_autocast_changes_nothing(ranks: RankPool) -> None:
-    ranks.run(under_autocast)
-
-
 def loss_of_some_ranks(case: Case) -> None:
     """Some ranks' losses use the log-sum-exp alone, others' the output: the same messages go in the backward pass."""
     group, seed = group_of(case)
@@ -545,42 +336,6 @@ def test_losses_that_differ_from_rank_to_rank(ranks: RankPool, backend: str, dty
     ranks.run(loss_of_some_ranks, Case(backend, 4, batch=LENGTHS, dtype=dtype))
 
 
-class Compiled(torch.nn.Module):
-    """Asks a handler everything that a model may ask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = torch.nn.Linear(32, 96)
-
-    def forward(self, x: Tensor, handler: Any) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, 8)).split([4, 4, 4], -2)
-        freqs = handler.get_emb_on_this_cp_rank(torch.ones(handler.get_rotary_seq_len(), 8))
-        out = handler.core_attn(None, handler.rope(q, freqs), k, v)
-        rolled, _ = handler.roll_tensor(x, -1, 0)
-        whole: Tensor = handler.combine(handler.dispatch(handler.combine(out.flatten(-2), 0), 0), 0)
-        return whole.sum() + rolled.sum()
-
-
-def compiled_models() -> None:
-    """A compiled model takes handler after handler, each made for another batch and never run before."""
-    group, _ = group_of(Case(cp_size=4))
-    torch.manual_seed(0)
-    model = Compiled()
-    compiled = torch.compile(model, backend="aot_eager")
-    for backend in ("p2p", "ulysses"):
-        for lengths in ((5, 7), (12,), (3, 9)):
-            case = Case(backend, 4, batch=Batch(lengths), mask=SlidingWindow(4))
-            x = torch.randn(3, 32)
-            losses = [run(x, make_handler(case, group)) for run in (compiled, model)]
-            grads = [torch.autograd.grad(loss, model.qkv.weight)[0] for loss in losses]
-            torch.testing.assert_close(losses[0], losses[1])
-            torch.testing.assert_close(grads[0], grads[1])
-
-
-def test_a_compiled_model_over_fresh_handlers(ranks: RankPool) -> None:
-    ranks.run(compiled_models)
-
-
 def masks_by_layer() -> None:
     """Different masks from layer to layer over one handler and one layout."""
     group, seed = group_of(Case(cp_size=4))
@@ -595,63 +350,6 @@ def masks_by_layer() -> None:
 
 def test_masks_from_layer_to_layer(ranks: RankPool) -> None:
     ranks.run(masks_by_layer)
-
-
-def mesh_case() -> None:
-    """A 2-D (outer, inner) mesh, and the same degrees over a flat group."""
-    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
-    flat = partition_group([range(4)])
-    case = Case("usp", 4, batch=LENGTHS)
-    results = []
-    for group, config in ((mesh, None), (flat, CPConfig(ulysses_degree=2)), (flat, None)):
-        handler = make_handler(case, group, config=config)
-        assert (handler.cp_size, handler.cp_rank) == (4, dist.get_rank())
-        q, k, v, grad = local_tensors(case, 5, handler)
-        out = handler.core_attn(None, q, k, v)
-        results.append(bits([out, *torch.autograd.grad(out, (q, k, v), grad)]))
-    assert results[0] == results[1] == results[2]
-    for degree in (1, 4):
-        handler = make_handler(case, flat, config=CPConfig(ulysses_degree=degree))
-        q, k, v, _ = local_tensors(case, 5, handler)
-        expected, _ = dense_attention(*draw(case, 5)[:3], visible(case), qkv_format="thd")
-        assert_close(handler.core_attn(None, q, k, v), handler.dispatch(expected, 0), what=f"degree {degree}")
-    with pytest.raises(ValueError, match="not the size of the mesh's inner dim; got 4 and 2"):
-        make_handler(case, mesh, config=CPConfig(ulysses_degree=4))
-    with pytest.raises(ValueError, match=r"must divide .*; got 3 for 4 ranks; CPConfig.ulysses_degree may be 1, 2, 4"):
-        make_handler(case, flat, config=CPConfig(ulysses_degree=3))
-    with pytest.raises(ValueError, match="takes a 1-D device mesh"):
-        make_handler(replace(case, backend="ring"), mesh)
-    make_handler(case, dist.group.WORLD, config=CPConfig(ulysses_degree=4))  # a mesh leaves no trace on its group
-    tall = dist.init_device_mesh("cpu", (4, 1), mesh_dim_names=("outer", "inner"))
-    layers = replace(case, backend=("a2a+p2p", "ring"), layer=1)
-    for shape in (tall, mesh):
-        handler = make_handler(layers, shape)
-        q, k, v, _ = local_tensors(case, 5, handler)
-        expected, _ = dense_attention(*draw(case, 5)[:3], visible(case), qkv_format="thd")
-        out = handler.core_attn(None, q, k, v, layer_number=1)
-        assert_close(out, handler.dispatch(expected, 0), what=f"{shape} by layers")
-    deep = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("o", "i", "t"))
-    assert make_handler(case, deep["o", "i"]).cp_size == 4
-    assert make_handler(case, deep["o", "t"]).cp_size == 2
-
-
-def uneven_meshes() -> None:
-    """Members that belong to other numbers of groups are told so; torch would let them wait for each other forever."""
-    if dist.get_rank() == 0:
-        dist.new_group([0], use_local_synchronization=True)
-    mesh = dist.init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("x", "y", "z"))["x", "z"]
-    case = Case("usp", 2, batch=LENGTHS)
-    if dist.get_rank() % 2 == 0:  # the mesh of ranks 0 and 2
-        with pytest.raises(ValueError, match=r"belong to other numbers of process groups .* pass the group of all"):
-            make_handler(case, mesh)
-    else:
-        assert make_handler(case, mesh).cp_size == 2
-
-
-def test_usp_on_a_mesh() -> None:
-    with RankPool(4) as pool:  # ranks of its own: how many groups a rank belongs to counts here
-        pool.run(mesh_case)
-        pool.run(uneven_meshes)
 
 
 def replicated_case() -> None:
@@ -702,36 +400,3 @@ def test_a_ring_sends_no_block_that_nobody_sees(ranks: RankPool) -> None:
     zigzag = ranks.run(ring_bytes, Case("ring", 4, layout="zigzag", batch=Batch((64,))))
     assert [forward for forward, _ in zigzag] == [3 * block] * 4
     assert [backward for _, backward in zigzag] == [6 * block] * 4, "keys three hops, their gradients three hops"
-
-
-def precision(case: Case) -> float:
-    """Relative L2 error of output and gradients together, in bfloat16, against float64."""
-    group, seed = group_of(case)
-    q, k, v, grad, *_ = draw(case, seed)
-    expected = dense_gradients((q, k, v), visible(case), grad, qkv_format=case.qkv_format)
-    handler = make_handler(case, group)
-    local = [handler.dispatch(x, 0).requires_grad_() for x in (q, k, v)]
-    out = handler.core_attn(None, *local)
-    grads = torch.autograd.grad(out, local, handler.dispatch(grad, 0))
-    whole = [handler.combine(x, 0).double() for x in (out, *grads)]
-    wanted = [expected[0], *expected[2]]
-    return max(float((a - e).norm() / e.norm()) for a, e in zip(whole, wanted, strict=True))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_error_does_not_grow_with_ranks(ranks: RankPool, backend: str) -> None:
-    batch = Batch((900, 380))
-    alone = ranks.run(precision, Case("local", 1, batch=batch, dtype=torch.bfloat16, head_dim=32))[0]
-    spread = ranks.run(precision, Case(backend, 4, batch=batch, dtype=torch.bfloat16, head_dim=32))
-    assert max(spread) <= 1.5 * alone
-
-
-@pytest.mark.slow
-def test_bfloat16_error_at_eight_ranks() -> None:
-    """The table of the script, which fails above 1.5 times one rank's error."""
-    script = Path(__file__).parent.parent / "benchmarks" / "precision.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--lengths", "900,380"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ring") == done.stdout.count("p2p") == 3

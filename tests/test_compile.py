@@ -1,0 +1,123 @@
+"""What torch does around attention: compilers, autocast, recompute, partial gradients, inference mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cphandler import SlidingWindow
+from cphandler.testing import RankPool
+from cphandler.testing.cases import Batch, Case, group_of, make_handler
+from tests.test_options import BACKENDS, LENGTHS, bits, local_tensors
+
+
+def recompute(case: Case, reentrant: bool | None) -> None:
+    """Activation checkpointing, a second backward with retain_graph, and gradients of some inputs only."""
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    plain = torch.autograd.grad(handler.core_attn(None, q, k, v), (q, k, v), grad)
+    if reentrant is not None:
+        out = checkpoint(lambda *x: handler.core_attn(None, *x), q, k, v, use_reentrant=reentrant)
+        out.backward(grad)
+        assert bits([q.grad, k.grad, v.grad]) == bits(plain)
+        return
+    out = handler.core_attn(None, q, k, v)
+    first = torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+    second = torch.autograd.grad(out, (q, k, v), grad)
+    assert bits(first) == bits(second) == bits(plain)
+    for wanted in range(3):
+        inputs = [x.detach().requires_grad_(i == wanted) for i, x in enumerate((q, k, v))]
+        alone = torch.autograd.grad(handler.core_attn(None, *inputs), inputs[wanted], grad)
+        assert bits(alone) == bits([plain[wanted]])
+    with torch.no_grad():
+        assert bits([handler.core_attn(None, q, k, v)]) == bits([out])
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["retain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_recompute_and_partial_gradients(ranks: RankPool, backend: str, reentrant: bool | None) -> None:
+    ranks.run(recompute, Case(backend, 4, batch=LENGTHS), reentrant)
+
+
+def score_then_train(backend: str) -> None:
+    """A batch that is first scored under inference mode and then trained on, as reinforcement learning does."""
+    group, seed = group_of(Case(cp_size=4))
+    case = Case(backend, 4, batch=LENGTHS)
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    with torch.inference_mode():
+        scored = handler.core_attn(None, q, k, v)
+        handler.roll_tensor(q, -1, 0)
+        handler.combine(q, 0)
+        handler.get_emb_on_this_cp_rank(torch.zeros(70, 8))
+    out = handler.core_attn(None, q, k, v)
+    assert bits([out]) == bits([scored])
+    out.backward(grad)
+    handler.roll_tensor(q, -1, 0)[0].sum().backward()
+    handler.combine(q, 0, grad="sum").sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scoring_before_training(ranks: RankPool, backend: str) -> None:
+    ranks.run(score_then_train, backend)
+
+
+def under_autocast() -> None:
+    """Autocast stops at the operators: scores, weights and log-sum-exp stay in the accumulator's dtype."""
+    group, seed = group_of(Case(cp_size=4))
+    case = Case("p2p", 4, batch=LENGTHS, dtype=torch.float32)
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            result = handler.core_attn(None, q, k, v, softcap=3.0, return_max_logit=True)
+        results.append(bits([result.out, result.max_logit, *torch.autograd.grad(result.out, (q, k, v), grad)]))
+    assert results[0] == results[1]
+
+
+def test_autocast_changes_nothing(ranks: RankPool) -> None:
+    ranks.run(under_autocast)
+
+
+class Compiled(torch.nn.Module):
+    """Asks a handler everything that a model may ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x: Tensor, handler: Any) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 8)).split([4, 4, 4], -2)
+        freqs = handler.get_emb_on_this_cp_rank(torch.ones(handler.get_rotary_seq_len(), 8))
+        out = handler.core_attn(None, handler.rope(q, freqs), k, v)
+        rolled, _ = handler.roll_tensor(x, -1, 0)
+        whole: Tensor = handler.combine(handler.dispatch(handler.combine(out.flatten(-2), 0), 0), 0)
+        return whole.sum() + rolled.sum()
+
+
+def compiled_models() -> None:
+    """A compiled model takes handler after handler, each made for another batch and never run before."""
+    group, _ = group_of(Case(cp_size=4))
+    torch.manual_seed(0)
+    model = Compiled()
+    compiled = torch.compile(model, backend="aot_eager")
+    for backend in ("p2p", "ulysses"):
+        for lengths in ((5, 7), (12,), (3, 9)):
+            case = Case(backend, 4, batch=Batch(lengths), mask=SlidingWindow(4))
+            x = torch.randn(3, 32)
+            losses = [run(x, make_handler(case, group)) for run in (compiled, model)]
+            grads = [torch.autograd.grad(loss, model.qkv.weight)[0] for loss in losses]
+            torch.testing.assert_close(losses[0], losses[1])
+            torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_compiled_model_over_fresh_handlers(ranks: RankPool) -> None:
+    ranks.run(compiled_models)
