@@ -30,7 +30,7 @@ from cphandler.layout import make_layout
 BASELINES = ("zigzag", "contiguous", "whole")
 """Layouts that others are measured against; ``whole`` is zigzag with short documents whole."""
 
-LAYOUTS = BASELINES
+LAYOUTS = ("balanced", *BASELINES)
 """Layouts shown where none is named."""
 
 COLUMNS = ("ranks", "layout", "volume", "worst\nrank", "area\nmean", "area\nany", "ms\nmedian", "ms\nmax")

@@ -25,7 +25,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from cphandler.intervals import table
-from cphandler.layout import Layout, joined, zigzag
+from cphandler.layout import Layout, zigzag
 from cphandler.workload import Unit, Workload
 
 
@@ -73,10 +73,13 @@ _LEVEL = 0.02
 _LEVEL_WORTH = 0.2
 """What an area so much above the mean is worth, in shares of a ring's rows."""
 
-_LOOKS = frozenset({0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48})
+_GOOD = 0.003
+"""A partition worth no more than this is not tried to better: windows, say, and documents that all fit."""
+
+_LOOKS = frozenset({0, 1, 2, 4, 8, 16, 32})
 """After how many whole units a rank looks for a way to end."""
 
-_CUTS = 4
+_CUTS = 3
 """Remainders considered for a cut, each time."""
 
 _CLOSE = 0.001
@@ -215,10 +218,12 @@ class _Share:
 
     def _ends_with_cut(self) -> Iterator[_Finish]:
         """Finishes with the end of one remainder, the lightest whole ones, and the beginning of a remainder."""
+        others: list[int] | None = None
         for index in self._worth_cutting():
             finish = self._cut_alone(index)
             if finish is None or finish.missed > max(_CLOSE * self.area, 2 * self._last_row(index)):
-                finish = self._cut_beside(index) or (finish if len(self.remainders) == 1 else None)
+                others = self._beginnings() if others is None else others
+                finish = self._cut_beside(index, others) or (finish if len(self.remainders) == 1 else None)
             if finish is not None:
                 yield finish
 
@@ -277,24 +282,24 @@ class _Share:
         cost = unit.boundary(end)
         return cost if begin == start or unit.sees_far else cost + unit.boundary(begin)
 
-    def _cut_beside(self, index: int) -> _Finish | None:
+    def _cut_beside(self, index: int, beginnings: list[int]) -> _Finish | None:
         """The end of one remainder, the lightest whole ones, and the beginning of another."""
-        for others in (self._beginnings(index), self._neighbours(index)):
-            cuts = [cut for other in others if (cut := self._cut_two(index, other)) is not None]
+        for others in (beginnings, [] if self.taken else self._neighbours()):
+            cuts = [cut for other in others if other != index and (cut := self._cut_two(index, other)) is not None]
             if cuts:
                 return min(cuts)
         return None
 
-    def _beginnings(self, index: int) -> list[int]:
+    def _beginnings(self) -> list[int]:
         """Remainders whose first rows are light, among the lightest and the heaviest."""
         count = len(self.remainders)
-        some = [i for i in (*range(min(_AHEAD, count)), *range(max(_AHEAD, count - _AHEAD), count)) if i != index]
-        return heapq.nsmallest(_CUTS, some, key=lambda i: (self._first_row(i), -i))
+        some = (*range(min(_AHEAD, count)), *range(max(_AHEAD, count - _AHEAD), count))
+        return heapq.nsmallest(_CUTS + 1, some, key=lambda i: (self._first_row(i), -i))
 
-    def _neighbours(self, index: int) -> list[int]:
+    def _neighbours(self) -> list[int]:
         """Remainders just heavier than those that fill the room whole."""
         most = self._most_lightest()
-        return [i for i in range(max(0, most - _AHEAD), min(most + 2, len(self.remainders))) if i != index]
+        return list(range(max(0, most - _AHEAD), min(most + 2, len(self.remainders))))
 
     def _first_row(self, index: int) -> int:
         remainder = self.remainders[index]
@@ -486,8 +491,12 @@ def balanced(workload: Workload, cp_size: int) -> Layout:
         ranks: Partition = [[(i, 0, unit.length) for i, unit in enumerate(workload.units)]]
         ranks += [[] for _ in range(cp_size - 1)]
     else:
-        tries = [_partition(workload, cp_size, policy) for policy in _POLICIES[: max(2, 512 // cp_size)]]
-        rated = [(_quality(workload, ranks), ranks) for ranks in tries]
+        rated: list[tuple[_Quality, Partition]] = []
+        for policy in _POLICIES[: max(4, 512 // cp_size)]:
+            ranks = _partition(workload, cp_size, policy)
+            rated.append((_quality(workload, ranks), ranks))
+            if _worth(rated[-1][0]) < _GOOD:
+                break
         if len(workload.units) == 1:
             rated = _no_worse_than_zigzag(workload, cp_size, rated)
         ranks = min(rated, key=lambda each: _worth(each[0]))[1]
@@ -505,9 +514,19 @@ def _no_worse_than_zigzag(
 
 
 def _layout(workload: Workload, ranks: Partition) -> Layout:
-    spans = []
-    for pieces in ranks:
-        held = sorted((workload.units[unit].start + start, stop - start) for unit, start, stop in pieces)
-        rows = table(held, 2)
-        spans.append(joined(rows[:, 0], rows[:, 1]))
-    return Layout("balanced", workload.num_tokens, spans, num_local_tokens=-(-workload.num_tokens // len(ranks)))
+    """The layout of a partition; pieces that touch become one span."""
+    starts = np.array([unit.start for unit in workload.units], dtype=np.int64)
+    counts = [len(pieces) for pieces in ranks]
+    pieces = table([piece for pieces in ranks for piece in pieces], 3)
+    rank = np.repeat(np.arange(len(ranks), dtype=np.int64), counts)
+    first = starts[pieces[:, 0]] + pieces[:, 1]
+    last = first + pieces[:, 2] - pieces[:, 1]
+    order = np.lexsort((first, rank))
+    rank, first, last = rank[order], first[order], last[order]
+    touches = np.append([False], (rank[1:] == rank[:-1]) & (first[1:] == last[:-1]))[: len(rank)]
+    opens = np.flatnonzero(~touches)
+    closes = np.append(opens[1:], len(rank))[: len(opens)] - 1
+    spans = np.stack([first[opens], last[closes] - first[opens], np.ones_like(opens)], axis=1)
+    walls = np.searchsorted(rank[opens], np.arange(1, len(ranks)))
+    rows = -(-workload.num_tokens // len(ranks))
+    return Layout("balanced", workload.num_tokens, np.split(spans, walls), num_local_tokens=rows)

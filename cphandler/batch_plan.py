@@ -4,7 +4,7 @@ Made where the batch is packed, in a data-loader process say, it travels to the 
 it compares two layouts on a caller's own document lengths::
 
     lengths = [90_000, 4_000, 700, 36_372]
-    for layout in ("zigzag", "contiguous"):
+    for layout in ("zigzag", "balanced"):
         print(plan_batch([0, *accumulate(lengths)], 8, layout=layout).stats())
 """
 
@@ -19,9 +19,11 @@ import numpy.typing as npt
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.intervals import Table
-from cphandler.layout import Layout, make_layout
+from cphandler.layout import Layout
 from cphandler.load import Load, load
-from cphandler.mask import Mask, make_mask, restrict
+from cphandler.mask import Mask, make_mask
+from cphandler.metadata import StreamMetadata
+from cphandler.placement import Batch, Placing, place
 from cphandler.plan import Plan, make_plan, ring_hops
 from cphandler.sequence import Documents, Offsets
 from cphandler.tasks import task_counts, visibility
@@ -34,20 +36,22 @@ def plan_batch(
     cu_seqlens: Offsets,
     cp_size: int,
     *,
-    layout: str | Layout = "zigzag",
+    layout: Placing = "zigzag",
     mask: str | Mask = "causal",
     cu_seqlens_padded: Offsets | None = None,
     cp_comm_type: str = "p2p",
+    tile: int | None = None,
 ) -> BatchPlan:
     """Plan a packed batch for a number of ranks, on any process and with no communication.
 
     Args:
         cu_seqlens: ``[D + 1]`` global offsets of the documents' valid tokens; ``[0, S]`` for a dense batch.
         cp_size: ranks P that the batch will be spread over.
-        layout: a layout's name, or a Layout.
+        layout: a layout's name, a :class:`Balanced` mix of masks, or a Layout.
         mask: ``"causal"``, ``"full"`` or a Mask.
         cu_seqlens_padded: ``[D + 1]`` physical offsets where documents are padded at their ends.
         cp_comm_type: ``"p2p"``, ``"ring"`` or ``"all_gather"``: how keys will reach the queries.
+        tile: as in :class:`CPConfig`: rows of the kernel's tile, for the balanced layout.
 
     Raises:
         InvalidTypeError: arguments of another type.
@@ -68,16 +72,12 @@ def plan_batch(
             fix=f"choose one of {', '.join(COMM_TYPES)}; Ulysses trades heads, whatever the mask",
         )
     documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
-    made_mask = make_mask(mask)
-    bands = restrict(made_mask.bands(documents, documents), documents.runs, documents.runs)
+    stream = StreamMetadata(documents, None, documents.max_length)
+    batch = Batch(stream, stream, make_mask(mask), cp_size, tile)
     started = time.perf_counter()
-    made = _layout_of(layout, documents, cp_size, made_mask)
-    return BatchPlan(documents, made_mask, made, comm_type, bands, time.perf_counter() - started)
-
-
-def _layout_of(layout: str | Layout, documents: Documents, cp_size: int, mask: Mask) -> Layout:
-    """The one place where a plan gets its layout."""
-    return make_layout(layout, documents.offsets, cp_size)
+    made, _ = place((layout, layout), batch)
+    seconds = time.perf_counter() - started
+    return BatchPlan(documents, batch.mask, made, comm_type, batch.bands(batch.mask), seconds)
 
 
 @dataclass(frozen=True, eq=False)

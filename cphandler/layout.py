@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
-from cphandler.intervals import Table, expand, frozen, offsets_of, table
+from cphandler.intervals import Flags, Table, expand, frozen, offsets_of, table
 
 START, LENGTH, STRIDE, LOCAL, RANK = range(5)
 """Columns of :meth:`Layout.tables`; a rank's own span table has the first four."""
@@ -75,23 +75,35 @@ class Layout:
                 got=f"{sum(int(s[:, LENGTH].sum()) for s in self.spans)} placements over {self.cp_size} ranks",
                 fix="spans are (start, length, stride) in global tokens",
             )
-        for rank, spans in enumerate(self.spans):
-            if (spans[:, STRIDE] < 1).any():
-                raise InvalidValueError(
-                    f"layout {self.name!r} gives rank {rank} a stride below 1",
-                    fix="local order is ascending inside a span",
-                )
-            if (np.diff(spans[:, START]) < 0).any():
-                raise InvalidValueError(
-                    f"layout {self.name!r} gives rank {rank} spans out of order", fix="sort by start"
-                )
-            rows = spans[np.argsort(spans[:, LOCAL], kind="stable")][:, [LOCAL, LENGTH]]
-            edges = np.concatenate([[0], rows.sum(axis=1)])
-            if (np.append(rows[:, 0], self.num_local_tokens) < edges).any():
-                raise InvalidValueError(
-                    f"layout {self.name!r} gives rank {rank} overlapping or missing local rows",
-                    fix=f"place each span inside {self.num_local_tokens} rows, none on another",
-                )
+        every = self._numbered(range(self.cp_size))
+        rank = every[:, RANK]
+        same = rank[1:] == rank[:-1]
+        by_place = every[np.lexsort((every[:, LOCAL], rank))]
+        edges = by_place[:, LOCAL] + by_place[:, LENGTH]
+        wrong: dict[str, tuple[Flags, str]] = {
+            "a stride below 1": (every[:, STRIDE] < 1, "local order is ascending inside a span"),
+            "spans out of order": (
+                np.append([False], same & (np.diff(every[:, START]) < 0))[: len(every)],
+                "sort by start",
+            ),
+            "overlapping or missing local rows": (
+                (by_place[:, LOCAL] < 0)
+                | (edges > self.num_local_tokens)
+                | np.append([False], same & (by_place[1:, LOCAL] < edges[:-1]))[: len(every)],
+                f"place each span inside {self.num_local_tokens} rows, none on another",
+            ),
+        }
+        for what, (where, fix) in wrong.items():
+            if where.any():
+                at = int(rank[np.argmax(where)])
+                raise InvalidValueError(f"layout {self.name!r} gives rank {at} {what}", fix=fix)
+
+    def _numbered(self, ranks: Sequence[int]) -> Table:
+        """The spans of some ranks one after the other, each with its rank."""
+        chosen = [self.spans[rank] for rank in ranks]
+        counts = np.array([len(spans) for spans in chosen], dtype=np.int64)
+        numbers = np.repeat(np.array(ranks, dtype=np.int64), counts)
+        return np.column_stack([np.concatenate([table([], 4), *chosen]), numbers])
 
     def _coverings(self) -> list[Table]:
         """The span tables each of which must cover every token once."""
@@ -151,12 +163,11 @@ class Layout:
         those of one rank if a caller laid them so; each table then holds as many of one rank's as do not.
         """
         ranks = range(self.cp_size) if ranks is None else ranks
-        parts = [np.insert(self.spans[rank], RANK, rank, axis=1) for rank in ranks]
-        if self.replicated or any((part[:, STRIDE] != 1).any() for part in parts):
-            for part in parts:
+        merged = self._numbered(ranks)
+        if self.replicated or (merged[:, STRIDE] != 1).any():
+            for part in np.split(merged, np.flatnonzero(np.diff(merged[:, RANK])) + 1):
                 yield from _apart(part)
             return
-        merged = np.concatenate(parts) if parts else table([], 5)
         yield merged[np.argsort(merged[:, START], kind="stable")]
 
     def merged(self, size: int) -> Layout:

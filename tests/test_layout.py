@@ -120,7 +120,7 @@ def test_wrong_layouts_are_refused(spans: list, rows: int | None, message: str) 
 
 def test_layouts_by_name_and_by_value() -> None:
     assert make_layout("ZigZag", offsets([8]), 2).name == "zigzag"
-    with pytest.raises(InvalidValueError, match="choose one of contiguous"):
+    with pytest.raises(InvalidValueError, match="choose one of balanced, contiguous"):
         make_layout("diagonal", offsets([8]), 2)
     with pytest.raises(InvalidTypeError, match="a name or a Layout"):
         make_layout(3, offsets([8]), 2)  # type: ignore[arg-type]
