@@ -19,6 +19,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
@@ -113,6 +114,12 @@ class _Pool:
     def __init__(self, units: Sequence[Unit], by_last_row: bool) -> None:
         self.units, self.by_last_row = units, by_last_row
         self.remainders = sorted(self._remainder(i, 0, unit.length) for i, unit in enumerate(units))
+
+    def copy(self) -> _Pool:
+        """The same remainders, to be taken anew."""
+        twin = copy(self)
+        twin.remainders = self.remainders.copy()
+        return twin
 
     def _remainder(self, unit: int, start: int, stop: int) -> _Remainder:
         area = self.units[unit].area(start, stop)
@@ -379,7 +386,7 @@ class _Share:
     def _trims(self) -> Iterator[_Finish]:
         """Finishes with one run of rows, where no whole remainder fits any more."""
         long = [i for i, remainder in enumerate(self.remainders) if remainder.stop - remainder.start >= self.tokens]
-        for index in long if len(long) <= 2 * _AHEAD else [*long[:_AHEAD], *long[-_AHEAD:]]:
+        for index in long if len(long) <= _AHEAD else [*long[: _AHEAD // 2], *long[-_AHEAD // 2 :]]:
             _, _, start, stop, _ = self.remainders[index]
             yield self._sliced(index, 0, start, start + self.tokens)
             yield self._sliced(index, 0, stop - self.tokens, stop)
@@ -432,9 +439,8 @@ Partition: TypeAlias = list[list[Piece]]
 """The pieces of each rank."""
 
 
-def _partition(workload: Workload, cp_size: int, policy: _Policy) -> Partition:
-    """Fill the ranks by one policy."""
-    pool = _Pool(workload.units, policy.by_last_row)
+def _partition(workload: Workload, cp_size: int, policy: _Policy, pool: _Pool) -> Partition:
+    """Fill the ranks by one policy, out of a pool of whole units."""
     total, tokens = workload.area, workload.num_tokens
     left = total
     price = policy.price * (tokens / total if total else 0.0) * workload.weight
@@ -492,8 +498,9 @@ def balanced(workload: Workload, cp_size: int) -> Layout:
         ranks += [[] for _ in range(cp_size - 1)]
     else:
         rated: list[tuple[_Quality, Partition]] = []
-        for policy in _POLICIES[: max(4, 512 // cp_size)]:
-            ranks = _partition(workload, cp_size, policy)
+        pools = [_Pool(workload.units, by_last_row) for by_last_row in (False, True)]
+        for policy in _POLICIES[: 8 if cp_size <= 4 else 6 if cp_size <= 128 else 4]:
+            ranks = _partition(workload, cp_size, policy, pools[policy.by_last_row].copy())
             rated.append((_quality(workload, ranks), ranks))
             if _worth(rated[-1][0]) < _GOOD:
                 break

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -125,7 +126,7 @@ class Workload:
     units: tuple[Unit, ...]
     weight: int = 1
 
-    @property
+    @cached_property
     def area(self) -> int:
         """Area of all rows."""
         return sum(unit.upto(unit.length) for unit in self.units)
