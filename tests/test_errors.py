@@ -84,7 +84,7 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "key_padding_mask must be a bool",
     ),
     "unknown format": (lambda: dense(qkv_format="bhsd"), ValueError, "choose sbhd, bshd or thd"),
-    "unknown layout": (lambda: dense(layout="spiral"), ValueError, "choose one of contiguous, replicated"),
+    "unknown layout": (lambda: dense(layout="spiral"), ValueError, "choose one of balanced, contiguous, replicated"),
     "unknown mask": (lambda: dense(mask="diagonal"), ValueError, "unknown mask; got 'diagonal'"),
     "config of a wrong type": (lambda: dense(config={"kernel": "auto"}), TypeError, "config must be a CPConfig"),
     "group of a wrong type": (lambda: dense(cp_group=4), TypeError, "must be a ProcessGroup, a DeviceMesh or None"),

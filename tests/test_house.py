@@ -18,6 +18,7 @@ LADDER: list[set[str]] = [
     {"layout", "mask", "mesh", "metadata", "kernels.merge", "kernels.strips"},
     # rung 1
     {"tasks", "reshard", "rope", "kernels.kernel", "workload", "key_placement"},
+    {"filling"},
     {"balance"},
     {"placement"},
     {"plan", "load", "stream", "agreement", "kernels.blocks"},

@@ -177,11 +177,6 @@ def test_every_backend_serves_one_rank_without_a_group(backend: str) -> None:
     assert handler.roll_tensor(torch.arange(18).view(2, 9))[0][:, -1].tolist() == [0, 0]
 
 
-def test_a_setting_that_comes_later_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="not available yet"):
-        get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], config=CPConfig(tile=128))
-
-
 WRONG = [
     ({"softcap": 0.0}, InvalidValueError, "positive number; got 0.0"),
     ({"softcap": float("inf")}, InvalidValueError, "positive number; got inf"),
