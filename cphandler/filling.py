@@ -265,6 +265,7 @@ class Share:
         return self.units[remainder.unit].row(remainder.stop - 1)
 
     def _cut_two(self, index: int, other: int) -> _Finish | None:
+        """The end of one remainder and the beginning of another, around as many of the lightest as there can be."""
         _, which, start, stop, _ = self.remainders[index]
         _, which_other, start_other, stop_other, _ = self.remainders[other]
         unit, unit_other = self.units[which], self.units[which_other]
@@ -319,12 +320,14 @@ class Share:
                 yield self._slice(index, number)
 
     def _slice(self, index: int, lightest: int) -> _Finish:
+        """The run of a remainder that has the area that lacks, or comes nearest to it."""
         _, which, start, stop, _ = self.remainders[index]
         unit, rows, lacking = self.units[which], self.tokens - self.rows[lightest], self.area - self.areas[lightest]
         last = _stop_of_run(unit, (start + rows, stop), rows, lacking)
         return self._sliced(index, lightest, last - rows, last)
 
     def _sliced(self, index: int, lightest: int, first: int, last: int) -> _Finish:
+        """A given run of a remainder."""
         _, which, start, stop, _ = self.remainders[index]
         unit = self.units[which]
         missed = abs(unit.area(first, last) - self.area + self.areas[lightest])
@@ -352,6 +355,7 @@ class Share:
         return [*pieces, *((r.unit, r.start, r.stop) for r in self.taken)]
 
     def _applied(self, finish: _Finish) -> list[Piece]:
+        """Give back what was taken too much, and take what the finish says."""
         for remainder in self.taken[finish.taken :]:
             insort(self.remainders, remainder)
         whole = [*self.taken[: finish.taken], *self.remainders[: finish.lightest]]
