@@ -1,13 +1,14 @@
 """Attention under context parallelism beside one process with torch's own kernel, on the same work in the same run.
 
 Prints, per backend and number of ranks, the CPU seconds of forward and forward+backward summed over ranks, as a ratio
-to the plain kernel on one rank (median of interleaved repeats), and the bytes all ranks sent beside the theoretical
-count.
+to the plain kernel on one rank (median of interleaved repeats), the same ratio as if every rank took as long as the
+slowest, and the bytes all ranks sent beside the theoretical count. ``p2p@balanced`` is a backend on a layout.
 
     python benchmarks/attention.py                      # one causal sequence of 4096 tokens
     python benchmarks/attention.py --kv-heads 2 --ranks 2 --ranks 4
     python benchmarks/attention.py --lengths 900,64,243,1500,1389 --layout zigzag
     python benchmarks/attention.py --pack pile:0 --pack prolong64k:3      # honest lengths, 8192 tokens a rank
+    python benchmarks/attention.py --pack pile:0 --backend ring --backend p2p --backend p2p@balanced
 """
 
 from __future__ import annotations
@@ -53,9 +54,8 @@ COLUMNS = (
     "both\ns",
     "fwd\nx",
     "both\nx",
-    "slowest\ns",
-    "fwd\nMiB",
-    "both\nMiB",
+    "slow\nx",
+    "sent\nMiB",
     "theory\nMiB",
 )
 
@@ -88,6 +88,11 @@ class Work:
     def tokens(self) -> int:
         """Global tokens."""
         return sum(self.lengths)
+
+    @property
+    def name(self) -> str:
+        """The backend, and the layout where it is not the backend's own."""
+        return f"{self.backend}@{self.layout}" if self.layout else self.backend
 
     def documents(self) -> Documents:
         """The packed documents."""
@@ -300,7 +305,7 @@ def collect(
     for work in contest.works:
         actual = pools[work.ranks].run(result, work)[0]
         for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-            assert_close(a, e, what=f"{name} of {work.backend} on {work.ranks} ranks, {contest.name}")
+            assert_close(a, e, what=f"{name} of {work.name} on {work.ranks} ranks, {contest.name}")
     for _ in track(range(repeats), contest.name, console=console, transient=True):
         for work in contest.works:
             samples[work].append(pools[work.ranks].run(measure, work))
@@ -315,7 +320,10 @@ def sent_bytes(ranks: Sequence[Sample]) -> tuple[int, int]:
 
 
 def rows_of(samples: dict[Work, list[list[Sample]]]) -> Iterator[tuple[str, ...]]:
-    """Table rows: medians of the sums over ranks, ratios repeat by repeat."""
+    """Table rows: medians of the sums over ranks, ratios repeat by repeat.
+
+    The slowest rank's time counts once for every rank: a layout that is not level makes the others wait.
+    """
     plain = next(iter(samples.values()))
     for work, taken in samples.items():
         seconds, ratios = [], []
@@ -324,11 +332,12 @@ def rows_of(samples: dict[Work, list[list[Sample]]]) -> Iterator[tuple[str, ...]
             own = [sum(getattr(sample, kind) for sample in ranks) for ranks in plain]
             seconds.append(statistics.median(times))
             ratios.append(statistics.median(a / b for a, b in zip(times, own, strict=True)))
-        slowest = statistics.median(max(sample.both for sample in ranks) for ranks in taken)
+        slowest = [work.ranks * max(sample.both for sample in ranks) for ranks in taken]
+        ratios.append(statistics.median(a / b for a, b in zip(slowest, own, strict=True)))
         sent, theory = sent_bytes(taken[-1]), theoretical_bytes(work)
         verdict = "-" if work.ranks == 1 else ("equal" if sent == theory else f"{theory[1] / 2**20:.2f}")
-        numbers = [f"{number:.3f}" for number in (*seconds, *ratios, slowest)]
-        yield work.backend, str(work.ranks), *numbers, *(f"{count / 2**20:.1f}" for count in sent), verdict
+        numbers = [f"{number:.3f}" for number in (*seconds, *ratios)]
+        yield work.name, str(work.ranks), *numbers, f"{sent[1] / 2**20:.1f}", verdict
 
 
 def table_of(contest: Contest, samples: dict[Work, list[list[Sample]]]) -> Table:
@@ -355,7 +364,14 @@ def pack_lengths(pack: str, ranks: int) -> tuple[int, ...]:
 
 
 def works_of(plain: Work, counts: Sequence[int], names: Sequence[str], layout: str | None) -> Iterator[Work]:
-    """The plain kernel, one rank of the library, then every backend on every number of ranks."""
+    """The plain kernel, one rank of the library, then every backend on every number of ranks.
+
+    Args:
+        plain: the plain kernel's work.
+        counts: numbers of ranks.
+        names: ``backend`` or ``backend@layout``; the usual backends if empty.
+        layout: of those that name none; None for the backend's own.
+    """
     yield plain
     yield replace(plain, backend="local")
     for count in counts:
@@ -363,22 +379,23 @@ def works_of(plain: Work, counts: Sequence[int], names: Sequence[str], layout: s
         sharers = {"ulysses": count, "usp": inner}
         usual = ["ring", "p2p", "all_gather", "ulysses", *(["usp"] if inner < count else [])]
         for name in names or usual:
-            if name == "local" or plain.heads % sharers.get(name, 1):
+            backend, _, own = name.partition("@")
+            if backend == "local" or plain.heads % sharers.get(backend, 1):
                 raise typer.BadParameter(f"{name} cannot serve {plain.heads} heads on {count} ranks")
-            yield replace(plain, backend=name, ranks=count, layout=layout)
+            yield replace(plain, backend=backend, ranks=count, layout=own or layout)
 
 
 def main(
     *,
     ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeat for several.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Backends; repeat for several.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="Backend, or backend@layout; repeat for several.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Document lengths of the packed causal batch.")] = None,
-    pack: Annotated[list[str] | None, typer.Option(help="corpus:index of benchmarks/data/packs, in zigzag.")] = None,
+    pack: Annotated[list[str] | None, typer.Option(help="corpus:index of benchmarks/data/packs; on zigzag.")] = None,
     heads: int = 8,
     kv_heads: int = 8,
     head_dim: int = 64,
     dtype: str = "float32",
-    layout: Annotated[str | None, typer.Option(help="Layout; the backend's own if not given.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Layout of backends that name none; else their own.")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
 ) -> None:
     """Time every backend's attention against torch's own kernel on one rank, one thread a rank."""
@@ -403,7 +420,8 @@ def main(
             samples = collect(contest, pools, repeats, console)
             console.print(table_of(contest, samples))
             wrong += sum(sent_bytes(taken[-1]) != theoretical_bytes(work) for work, taken in samples.items())
-    console.print("both: forward and backward. theory: bytes counted from who sees whom.")
+    console.print("both: forward and backward. slow: both, of the slowest rank times the ranks.")
+    console.print("sent: by all ranks, forward and backward. theory: bytes counted from who sees whom.")
     if wrong:
         raise typer.Exit(1)
 
