@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cphandler.demo.corpus import packed_batches, source_files
 from cphandler.demo.model import GPTConfig
+from cphandler.demo.training import RunSettings, train
+from cphandler.testing import RankPool, partition_group
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +35,10 @@ def run(command: list[str], tmp_path: Path, **environment: str) -> tuple[str, di
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
     return done.stdout, json.loads((tmp_path / "demo.json").read_text())
+
+
+def sent_bytes(settings: RunSettings, batches: list[dict[str, Any]]) -> float:
+    return train(settings, batches, group=partition_group([range(settings.cp_size)])).sent_bytes_per_step
 
 
 def test_real_documents_of_very_different_lengths() -> None:
@@ -67,7 +75,37 @@ def test_a_comm_type_and_a_layout_by_flag(tmp_path: Path) -> None:
     options = ["--steps", "3", "--exact-steps", "0", "--seq-len", "300", "--cp-size", "2"]
     chosen = ["--backend", "local", "--cp-comm-type", "a2a", "--layout", "striped", "--dtype", "float64"]
     _, report = run(["-m", "cphandler.demo", *options, *chosen], tmp_path)
-    assert [row["name"] for row in report["runs"]] == ["one rank", "local/a2a cp2"]
+    assert [(row["name"], row["layout"]) for row in report["runs"]] == [
+        ("one rank", None),
+        ("local/a2a cp2", "striped"),
+    ]
+
+
+def test_layouts_beside_each_other(tmp_path: Path) -> None:
+    """Equal to one rank on each; what is printed and kept says what each step costs."""
+    options = ["--steps", "3", "--exact-steps", "2", "--seq-len", "600", "--cp-size", "2", "--backend", "p2p"]
+    out, report = run(["-m", "cphandler.demo", *options, "--layout", "balanced", "--layout", "zigzag"], tmp_path)
+    rows = report["runs"]
+    assert [row["layout"] for row in rows] == [None, "balanced", "zigzag"] * 2
+    assert all(row["equal"] and row["seconds_per_step"] > 0 for row in rows)
+    alone, balanced, zigzag = rows[:3]
+    assert alone["sent_bytes_per_step"] == [0]
+    assert len(balanced["sent_bytes_per_step"]) == len(zigzag["sent_bytes_per_step"]) == 2
+    assert 0 < sum(balanced["sent_bytes_per_step"]) <= sum(zigzag["sent_bytes_per_step"])
+    for layout in ("balanced", "zigzag"):
+        assert len(re.findall(rf"^ *p2p cp2 +{layout} .* yes *$", out, flags=re.MULTILINE)) == 2
+
+
+def test_bytes_are_of_one_step() -> None:
+    """A ring of two sends its block away once and gradients home; nothing of the first steps is counted twice."""
+    batches = packed_batches(1, 64)
+    model = GPTConfig(layers=1, width=32, heads=2, kv_heads=1, hidden=32)
+    settings = RunSettings(backend="ring", cp_size=2, model=model, dtype="float64")
+    keys = 32 * 2 * model.head_dim * 8
+    with RankPool(2) as pool:
+        once, twice = (pool.run(sent_bytes, settings, batches * count) for count in (1, 2))
+    assert once == twice
+    assert all(3 * keys <= sent <= 3 * keys + 1024 for sent in once), "a block forward, again backward, gradients home"
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
@@ -84,6 +122,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     [
         (["--backend", "carrier"], "unknown backend or comm type"),
         (["--dtype", "int8"], "choose float32, float64 or bfloat16"),
+        (["--layout", "zigzag", "--layout", "diagonal"], "unknown layout"),
     ],
 )
 def test_refusals(options: list[str], message: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cphandler import get_cp_handler_cls
+from cphandler.capabilities import LAYOUTS
 from cphandler.demo.corpus import packed_batches
 from cphandler.demo.report import Comparison, compare, print_table, write_json, write_plot
 from cphandler.demo.training import RunResult, RunSettings, train
@@ -37,7 +38,9 @@ def demo(
     steps: Annotated[int, typer.Option(help="Training steps, one packed batch each.", min=1)] = 50,
     exact_steps: Annotated[int, typer.Option(help="Steps of the same runs in float64; 0 for none.", min=0)] = 10,
     dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
-    layout: Annotated[str | None, typer.Option(help="Layout; the backend's own if not given.")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option(help="Layout; repeat for several. Else the backend's own.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the JSON file.")] = Path("demo_output"),
 ) -> None:
     """Train a small GPT on packed real documents on one rank, then under context parallelism, and compare.
@@ -47,10 +50,12 @@ def demo(
     """
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     sizes = [int(os.environ["WORLD_SIZE"])] if distributed else (cp_size or [2, 4])
+    layouts: list[str | None] = [*layout] if layout else [None]
     wanted = [
-        RunSettings(backend=name, cp_comm_type=cp_comm_type, cp_size=size, layout=layout, dtype=dtype)
+        RunSettings(backend=name, cp_comm_type=cp_comm_type, cp_size=size, layout=placed, dtype=dtype)
         for size in sizes
         for name in (backend or ["ulysses", "ring"])
+        for placed in layouts
     ]
     check(wanted, dtype, cp_size if distributed else None)
     launcher = TorchrunRanks() if distributed else LocalRanks()
@@ -73,10 +78,14 @@ def check(wanted: list[RunSettings], dtype: str, cp_size: list[int] | None) -> N
     """Refuse what cannot run before any rank starts.
 
     Raises:
-        InvalidValueError: an unknown backend or dtype, or a cp size that is not torchrun's.
+        InvalidValueError: an unknown backend, layout or dtype, or a cp size that is not torchrun's.
     """
     for settings in wanted:
         get_cp_handler_cls(settings.backend, settings.cp_comm_type)
+        if settings.layout is not None and settings.layout.lower().replace("-", "_") not in LAYOUTS:
+            raise InvalidValueError(
+                "unknown layout", got=repr(settings.layout), fix=f"choose one of {', '.join(LAYOUTS)}"
+            )
     if dtype not in ("float32", "float64", "bfloat16"):
         raise InvalidValueError("unknown dtype", got=repr(dtype), fix="choose float32, float64 or bfloat16")
     if cp_size is not None and cp_size != [int(os.environ["WORLD_SIZE"])]:
@@ -112,7 +121,7 @@ def train_with_progress(
     """Train; the first rank shows a progress bar."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=dist.get_rank() != 0) as progress:
-        task = progress.add_task(f"{settings.name} {settings.dtype}", total=len(batches))
+        task = progress.add_task(f"{settings.name} {settings.layout or ''}", total=len(batches))
         return train(settings, batches, group=group, device=device, on_step=lambda: progress.advance(task))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
@@ -27,6 +28,7 @@ class Comparison:
 
     Attributes:
         name: of the run.
+        layout: name of its layout; None for one rank.
         ranks: how many.
         dtype: of weights and activations.
         losses: per step.
@@ -34,10 +36,13 @@ class Comparison:
         gradient_difference: relative L2 of the first step's gradient over all parameters.
         parameter_difference: largest over all parameters after the last step.
         tokens_per_second: global.
+        seconds_per_step: of the slowest rank: the median over its steps.
+        sent_bytes_per_step: of each rank: what it sent for context parallelism, mean over the steps.
         peak_memory: bytes of the largest rank.
     """
 
     name: str
+    layout: str | None
     ranks: int
     dtype: str
     losses: list[float]
@@ -45,6 +50,8 @@ class Comparison:
     gradient_difference: float | None
     parameter_difference: float | None
     tokens_per_second: float
+    seconds_per_step: float
+    sent_bytes_per_step: list[float]
     peak_memory: int
 
     @property
@@ -54,6 +61,16 @@ class Comparison:
             return True
         loss_limit, gradient_limit = LIMITS[self.dtype]
         return self.loss_difference <= loss_limit and self.gradient_difference <= gradient_limit
+
+    @property
+    def label(self) -> str:
+        """The run and its layout."""
+        return f"{self.name} {self.layout}" if self.layout else self.name
+
+    @property
+    def mean_sent_bytes(self) -> float:
+        """What a rank sent in a step, mean over the ranks."""
+        return sum(self.sent_bytes_per_step) / len(self.sent_bytes_per_step)
 
 
 def compare(settings: RunSettings, results: list[RunResult], reference: RunResult | None) -> Comparison:
@@ -66,6 +83,7 @@ def compare(settings: RunSettings, results: list[RunResult], reference: RunResul
         parameter = max(float((result.parameters - reference.parameters).abs().max()) for result in results)
     return Comparison(
         settings.name,
+        first.layout if settings.cp_size > 1 else None,
         settings.cp_size,
         settings.dtype,
         first.losses,
@@ -73,40 +91,55 @@ def compare(settings: RunSettings, results: list[RunResult], reference: RunResul
         gradient_difference=gradient,
         parameter_difference=parameter,
         tokens_per_second=min(result.tokens_per_second for result in results),
+        seconds_per_step=max(result.seconds_per_step for result in results),
+        sent_bytes_per_step=[result.sent_bytes_per_step for result in results],
         peak_memory=max(result.peak_memory for result in results),
     )
 
 
+COLUMNS = (
+    "run",
+    "layout",
+    "last\nloss",
+    "loss\ndiff",
+    "grad\ndiff",
+    "param\ndiff",
+    "ms\n/step",
+    "sent\nMiB",
+    "MiB\n/rank",
+    "equal",
+)
+
+
 def print_table(console: Console, comparisons: list[Comparison]) -> None:
-    """One row a run."""
-    table = Table(title="Every run beside one rank", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
-    headers = (
-        "run",
-        "dtype",
-        "last\nloss",
-        "loss\ndiff",
-        "grad\ndiff",
-        "param\ndiff",
-        "tokens\n/s",
-        "MiB\n/rank",
-        "equal",
-    )
-    for header in headers:
-        table.add_column(header, justify="left" if header in ("run", "dtype") else "right", no_wrap=True)
-    for row in comparisons:
-        differences = (row.loss_difference, row.gradient_difference, row.parameter_difference)
-        table.add_row(
-            row.name,
-            row.dtype,
-            f"{row.losses[-1]:.4f}",
-            *("-" if value is None else f"{value:.0e}" for value in differences),
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.peak_memory / 2**20:,.0f}",
-            "-" if row.loss_difference is None else ("yes" if row.agrees else "NO"),
-        )
-    console.print(table)
+    """A table for each dtype, one row a run."""
+    for dtype in dict.fromkeys(row.dtype for row in comparisons):
+        title = f"{dtype}: every run beside one rank"
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=0)
+        for header in COLUMNS:
+            table.add_column(header, justify="left" if header in ("run", "layout") else "right", no_wrap=True)
+        for row in comparisons:
+            if row.dtype == dtype:
+                table.add_row(*cells_of(row))
+        console.print(table)
     console.print("loss diff: the largest over the steps. grad diff: relative L2 of the first step's gradient.")
-    console.print("param diff: the largest after the last step. MiB/rank: peak of the largest rank.")
+    console.print("param diff: the largest after the last step. ms/step: the median of the slowest rank.")
+    console.print("sent: by a rank in a step for context parallelism, the mean. MiB/rank: peak of the largest rank.")
+
+
+def cells_of(row: Comparison) -> tuple[str, ...]:
+    """A row of the table."""
+    differences = (row.loss_difference, row.gradient_difference, row.parameter_difference)
+    return (
+        row.name,
+        row.layout or "-",
+        f"{row.losses[-1]:.4f}",
+        *("-" if value is None else f"{value:.0e}" for value in differences),
+        f"{row.seconds_per_step * 1000:,.0f}",
+        "-" if row.layout is None else f"{row.mean_sent_bytes / 2**20:.2f}",
+        f"{row.peak_memory / 2**20:,.0f}",
+        "-" if row.loss_difference is None else ("yes" if row.agrees else "NO"),
+    )
 
 
 def write_json(path: Path, comparisons: list[Comparison], arguments: dict[str, Any]) -> None:
@@ -117,19 +150,35 @@ def write_json(path: Path, comparisons: list[Comparison], arguments: dict[str, A
 
 
 def write_plot(path: Path, comparisons: list[Comparison]) -> None:
-    """Loss curves of the longest runs, and how far each is from one rank."""
+    """Loss curves of the longest runs, how far each is from one rank, and what a step of each costs."""
     rows = [row for row in comparisons if row.dtype == comparisons[0].dtype]
+    figure = Figure(figsize=(8, 8 + 0.25 * len(rows)), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 2, 0.6 + 0.2 * len(rows)))
+    losses = figure.add_subplot(grid[0, :])
+    gaps = figure.add_subplot(grid[1, :], sharex=losses)
+    times, bytes_sent = (figure.add_subplot(grid[2, i]) for i in range(2))
+    colors = ["black", *(f"C{i}" for i in range(len(rows) - 1))]
+    draw_losses(losses, gaps, rows, colors)
+    draw_bars(times, "ms per step", [row.seconds_per_step * 1000 for row in rows], colors, number="{:,.0f}")
+    sent = [row.mean_sent_bytes / 2**20 for row in rows]
+    draw_bars(bytes_sent, "MiB a rank sends per step", sent, colors, number="{:,.2f}")
+    times.set_yticks(range(len(rows)), [row.label for row in rows])
+    bytes_sent.set_yticks([])
+    figure.savefig(path, dpi=120)
+
+
+def draw_losses(top: Axes, bottom: Axes, rows: list[Comparison], colors: list[str]) -> None:
+    """Loss curves above, distances from the first row's below."""
     reference, others = rows[0], rows[1:]
     limit = LIMITS.get(reference.dtype, (1.0, 1.0))[0]
     floor = limit * 1e-6
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     steps = range(1, len(reference.losses) + 1)
-    top.plot(steps, reference.losses, color="black", linewidth=6, alpha=0.2, label=reference.name)
-    for i, row in enumerate(others):
-        top.plot(steps, row.losses, linewidth=1 + 3 * (len(others) - i) / len(others), label=row.name)
-        gaps = [abs(a - b) for a, b in zip(row.losses, reference.losses, strict=True)]
-        bottom.semilogy(steps, [max(gap, floor) for gap in gaps], ".", markersize=9 - 6 * i / len(others))
+    top.plot(steps, reference.losses, color=colors[0], linewidth=6, alpha=0.2, label=reference.name)
+    for i, (row, color) in enumerate(zip(others, colors[1:], strict=True)):
+        width = 1 + 3 * (len(others) - i) / len(others)
+        top.plot(steps, row.losses, color=color, linewidth=width, label=row.label)
+        gaps = [max(abs(a - b), floor) for a, b in zip(row.losses, reference.losses, strict=True)]
+        bottom.semilogy(steps, gaps, ".", color=color, markersize=9 - 6 * i / len(others))
     if reference.dtype in LIMITS:
         bottom.axhline(limit, color="grey", linestyle="--", linewidth=1)
         bottom.annotate("limit", (1, limit), textcoords="offset points", xytext=(0, 4), color="grey")
@@ -139,4 +188,13 @@ def write_plot(path: Path, comparisons: list[Comparison]) -> None:
     top.legend()
     bottom.set_ylabel("|loss - one rank|\n(0 is at the bottom)")
     bottom.set_xlabel("step")
-    figure.savefig(path, dpi=120)
+
+
+def draw_bars(axes: Axes, title: str, values: list[float], colors: list[str], *, number: str) -> None:
+    """A bar for each run, the first on top, with its value in the format ``number``."""
+    bars = axes.barh(range(len(values)), values, color=colors, alpha=0.6)
+    axes.bar_label(bars, fmt=number, padding=3, fontsize="small")
+    axes.set_title(title, fontsize="medium")
+    axes.margins(x=0.2)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)

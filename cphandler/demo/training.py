@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cphandler import ContextParallelHandler, get_batch_on_this_cp_rank, get_cp_handler_cls
+from cphandler import ContextParallelHandler, get_batch_on_this_cp_rank, get_cp_handler_cls, record_traffic
 from cphandler.demo.model import GPT, GPTConfig
 
 
@@ -49,6 +50,16 @@ class RunSettings:
         comm = f"/{self.cp_comm_type}" if self.cp_comm_type else ""
         return f"{self.backend}{comm} cp{self.cp_size}"
 
+    def handler(self, batch: dict[str, Any], group: dist.ProcessGroup | None) -> ContextParallelHandler:
+        """The handler of one packed batch on the ranks of ``group``."""
+        return get_cp_handler_cls(self.backend, self.cp_comm_type)(
+            cp_group=group,
+            qkv_format="thd",
+            cu_seqlens_q=batch["cu_seqlens"],
+            cu_seqlens_q_padded=batch["cu_seqlens_padded"],
+            layout=self.layout,
+        )
+
 
 @dataclass
 class RunResult:
@@ -58,14 +69,20 @@ class RunResult:
         losses: mean loss per token of each step.
         first_gradient: ``[parameters]`` gradient of the first step, summed over ranks.
         parameters: ``[parameters]`` after the last step.
+        layout: name of the layout that the handlers had.
         tokens_per_second: global tokens over wall time, the first step not counted.
+        seconds_per_step: median wall time, planning included, the first step not counted.
+        sent_bytes_per_step: mean of what this rank sent for context parallelism; the sum of gradients is not counted.
         peak_memory: bytes: resident memory of the process on a CPU, allocated memory on a GPU.
     """
 
     losses: list[float]
     first_gradient: Tensor
     parameters: Tensor
+    layout: str
     tokens_per_second: float
+    seconds_per_step: float
+    sent_bytes_per_step: float
     peak_memory: int
 
 
@@ -89,31 +106,33 @@ def train(
     torch.manual_seed(settings.seed)
     model = GPT(settings.model).to(device, getattr(torch, settings.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
-    handler_cls = get_cp_handler_cls(settings.backend, settings.cp_comm_type)
     losses: list[float] = []
-    first_gradient = torch.empty(0)
-    started = 0.0
+    seconds: list[float] = []
+    first_gradient, layout = torch.empty(0), ""
     reset_peak_memory(device)
-    for step, batch in enumerate(batches):
-        handler = handler_cls(
-            cp_group=group,
-            qkv_format="thd",
-            cu_seqlens_q=batch["cu_seqlens"],
-            cu_seqlens_q_padded=batch["cu_seqlens_padded"],
-            layout=settings.layout,
-        )
-        optimizer.zero_grad()
-        losses.append(training_step(model, batch, handler, device))
-        if step == 0:
-            first_gradient = flat(parameter.grad for parameter in model.parameters()).cpu()
-        optimizer.step()
-        if step == 0:
+    with record_traffic() as traffic:
+        for batch in batches:
             started = time.perf_counter()
-        if on_step is not None:
-            on_step()
-    tokens = sum(len(batch["tokens"]) for batch in batches[1:])
-    speed = tokens / max(time.perf_counter() - started, 1e-9)
-    return RunResult(losses, first_gradient, flat(model.parameters()).cpu(), speed, peak_memory(device))
+            handler = settings.handler(batch, group)
+            optimizer.zero_grad()
+            losses.append(training_step(model, batch, handler, device))
+            if not seconds:
+                first_gradient = flat(parameter.grad for parameter in model.parameters()).cpu()
+                layout = handler.layout.name
+            optimizer.step()
+            seconds.append(time.perf_counter() - started)
+            if on_step is not None:
+                on_step()
+    return RunResult(
+        losses,
+        first_gradient,
+        flat(model.parameters()).cpu(),
+        layout,
+        tokens_per_second=sum(len(batch["tokens"]) for batch in batches[1:]) / max(sum(seconds[1:]), 1e-9),
+        seconds_per_step=statistics.median(seconds[1:] or seconds),
+        sent_bytes_per_step=traffic.sent_bytes / len(batches),
+        peak_memory=peak_memory(device),
+    )
 
 
 def training_step(model: nn.Module, batch: dict[str, Any], handler: ContextParallelHandler, device: str) -> float:
