@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from cphandler import Causal, Documents, get_cp_handler_cls, record_traffic
+from cphandler import Causal, CPConfig, Documents, get_cp_handler_cls, record_traffic
 from cphandler.handler import ContextParallelHandler
 from cphandler.testing import RankPool, assert_close, visible_pairs
 
@@ -73,6 +73,7 @@ class Work:
         head_dim: channels of a head.
         dtype: name of the dtype.
         layout: layout name, or None for the backend's own.
+        tile: rows of a kernel's tile, which the balanced layout counts area in; None counts pairs.
     """
 
     backend: str
@@ -83,6 +84,7 @@ class Work:
     head_dim: int
     dtype: str
     layout: str | None
+    tile: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -93,6 +95,11 @@ class Work:
     def name(self) -> str:
         """The backend, and the layout where it is not the backend's own."""
         return f"{self.backend}@{self.layout}" if self.layout else self.backend
+
+    def settings(self) -> dict[str, Any]:
+        """What a handler is told, but for its group."""
+        batch = {"qkv_format": "thd", "cu_seqlens_q": self.documents().offsets}
+        return {**batch, "layout": self.layout, "config": CPConfig(tile=self.tile)}
 
     def documents(self) -> Documents:
         """The packed documents."""
@@ -149,9 +156,7 @@ def prepared(work: Work) -> tuple[ContextParallelHandler | None, list[Tensor]]:
     if work.backend == "plain":
         return None, [x.requires_grad_(i < 3) for i, x in enumerate(tensors)]
     group = dist.group.WORLD if work.ranks > 1 else None
-    handler = get_cp_handler_cls(work.backend)(
-        cp_group=group, qkv_format="thd", cu_seqlens_q=work.documents().offsets, layout=work.layout
-    )
+    handler = get_cp_handler_cls(work.backend)(cp_group=group, **work.settings())
     return handler, [handler.dispatch(x, 0).requires_grad_(i < 3) for i, x in enumerate(tensors)]
 
 
@@ -267,7 +272,7 @@ def sight(work: Work) -> tuple[Tensor, Tensor]:
     offsets = work.documents().offsets
     holder = torch.full((work.tokens,), -1)
     for rank in range(work.ranks):
-        handler = handler_cls(cp_group=Seat(rank), qkv_format="thd", cu_seqlens_q=offsets, layout=work.layout)
+        handler = handler_cls(cp_group=Seat(rank), **work.settings())
         held = handler.dispatch(torch.arange(work.tokens), 0, pad_value=-1)
         holder[held[held >= 0]] = rank
     sees = torch.zeros(work.ranks, work.tokens, dtype=torch.bool)
@@ -396,6 +401,7 @@ def main(
     head_dim: int = 64,
     dtype: str = "float32",
     layout: Annotated[str | None, typer.Option(help="Layout of backends that name none; else their own.")] = None,
+    tile: Annotated[int | None, typer.Option(help="CPConfig.tile, which balanced counts area in.")] = None,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
 ) -> None:
     """Time every backend's attention against torch's own kernel on one rank, one thread a rank."""
@@ -403,7 +409,7 @@ def main(
     if heads % kv_heads:
         raise typer.BadParameter(f"--heads must be a multiple of --kv-heads, got {heads} and {kv_heads}")
     counts, names = ranks or [2, 4], backend or []
-    plain = Work("plain", 1, (), heads, kv_heads, head_dim, dtype, None)
+    plain = Work("plain", 1, (), heads, kv_heads, head_dim, dtype, None, tile)
     contests = []
     if lengths or not pack:
         given = replace(plain, lengths=tuple(int(part) for part in (lengths or "4096").split(",")))

@@ -139,10 +139,10 @@ def balanced(workload: Workload, cp_size: int) -> Layout:
 
 
 def _tries(workload: Workload, cp_size: int) -> int:
-    """How many policies to try: fewer where each takes long, one for one document, which leaves no choice."""
+    """How many policies to try: as many as help at that size, one for one document, which leaves no choice."""
     if len(workload.units) == 1:
         return 1
-    return 6 if cp_size <= 4 else 5 if cp_size <= 128 else 4
+    return 6 if cp_size <= 4 else 5 if 16 < cp_size <= 128 else 4
 
 
 def _no_worse_than_zigzag(

@@ -162,16 +162,17 @@ def test_the_link_and_the_guard_of_backends() -> None:
 
 
 def test_importing_is_cheap_and_needs_no_optional_package() -> None:
-    """Time beyond torch's own import, best of three, and what was loaded."""
+    """Time beside torch's own import, best of three so that a busy machine slows both, and what was loaded."""
     program = (
-        "import time, sys, torch; t = time.process_time(); from cphandler import *; d = time.process_time() - t;"
+        "import time, sys; s = time.process_time(); import torch; t = time.process_time();"
+        "from cphandler import *; d = (time.process_time() - t) / (t - s);"
         "optional = {'typer', 'rich', 'matplotlib', 'pytest', 'hypothesis', 'transformer_engine', 'flash_attn'};"
         "print(d, sorted(optional & set(sys.modules)))"
     )
-    times = []
+    shares = []
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-        seconds, _, loaded = done.stdout.strip().partition(" ")
+        share, _, loaded = done.stdout.strip().partition(" ")
         assert loaded == "[]"
-        times.append(float(seconds))
-    assert min(times) < 0.3
+        shares.append(float(share))
+    assert min(shares) < 0.25

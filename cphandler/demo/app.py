@@ -35,6 +35,7 @@ def demo(
     cp_comm_type: Annotated[str | None, typer.Option(help="Comm type, for backends that have several.")] = None,
     cp_size: Annotated[list[int] | None, typer.Option(help="Ranks; repeat for several. Under torchrun: all.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a packed batch.", min=2)] = 2048,
+    longest: Annotated[int | None, typer.Option(help="Tokens of the longest document; else a batch's.", min=1)] = None,
     steps: Annotated[int, typer.Option(help="Training steps, one packed batch each.", min=1)] = 50,
     exact_steps: Annotated[int, typer.Option(help="Steps of the same runs in float64; 0 for none.", min=0)] = 10,
     dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
@@ -65,7 +66,7 @@ def demo(
     with launcher:
         for kind, count in kinds:
             console.print(f"{count} steps of {seq_len:,} tokens in {kind}, one thread a rank on CPUs")
-            batches = packed_batches(count, seq_len) if launcher.is_first else []
+            batches = packed_batches(count, seq_len, longest) if launcher.is_first else []
             runs = [replace(settings, dtype=kind) for settings in wanted]
             comparisons += compare_runs(launcher, runs, batches)
     if launcher.is_first:

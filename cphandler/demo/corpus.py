@@ -49,15 +49,16 @@ def read_documents(token_count: int, longest: int, seed: int) -> list[Tensor]:
     return documents
 
 
-def packed_batches(steps: int, seq_len: int, seed: int = 0) -> list[dict[str, Any]]:
+def packed_batches(steps: int, seq_len: int, longest: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """One packed batch of ``seq_len`` tokens for each training step, documents kept apart.
 
     Args:
         steps: batches wanted.
         seq_len: token budget of a batch.
+        longest: tokens of the longest document; None lets one fill a batch.
         seed: of the choice and order of documents.
     """
-    documents = read_documents(steps * seq_len + seq_len, seq_len, seed)
+    documents = read_documents(steps * seq_len + seq_len, min(longest or seq_len, seq_len), seed)
     packs = pack_lengths([len(document) for document in documents], seq_len)
     random.Random(seed).shuffle(packs)
     return [pack_documents([documents[i] for i in pack], token_budget=seq_len) for pack in packs[:steps]]
