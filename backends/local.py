@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cphandler.capabilities import COMMON, LAYOUTS, Capabilities
-from cphandler.core_attention import OptionalArguments
+from cphandler.attention.options import OptionalArguments
 from cphandler.errors import InvalidValueError
-from cphandler.handler import LayoutSource
-from cphandler.layout_handler import LayoutHandler
+from cphandler.handler.capabilities import COMMON, LAYOUTS, Capabilities
+from cphandler.handler.contract import LayoutSource
+from cphandler.handler.layout_handler import LayoutHandler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cphandler.capabilities import COMMON, Capabilities
-from cphandler.core_attention import OptionalArguments
-from cphandler.layout_handler import LayoutHandler
+from cphandler.attention.options import OptionalArguments
+from cphandler.handler.capabilities import COMMON, Capabilities
+from cphandler.handler.layout_handler import LayoutHandler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

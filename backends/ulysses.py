@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cphandler.attention_call import AttentionCall
-from cphandler.capabilities import COMMON, LAYOUTS, Capabilities
-from cphandler.core_attention import OptionalArguments
-from cphandler.head_parallel import HeadParallel, check_heads
-from cphandler.layout_handler import LayoutHandler
+from cphandler.attention.call import AttentionCall
+from cphandler.attention.head_parallel import HeadParallel, check_heads
+from cphandler.attention.options import OptionalArguments
+from cphandler.handler.capabilities import COMMON, LAYOUTS, Capabilities
+from cphandler.handler.layout_handler import LayoutHandler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

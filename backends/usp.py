@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from cphandler.attention_call import AttentionCall
-from cphandler.capabilities import COMMON, Capabilities
-from cphandler.core_attention import OptionalArguments
-from cphandler.head_parallel import InnerUnions, check_heads
-from cphandler.layout_handler import LayoutHandler
-from cphandler.mesh import two_levels
-from cphandler.site import Site
+from cphandler.attention.call import AttentionCall
+from cphandler.attention.head_parallel import InnerUnions, check_heads
+from cphandler.attention.options import OptionalArguments
+from cphandler.attention.plans import Site
+from cphandler.comm.groups import two_levels
+from cphandler.handler.capabilities import COMMON, Capabilities
+from cphandler.handler.layout_handler import LayoutHandler
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cphandler import Causal, CPConfig, Documents, get_cp_handler_cls, record_traffic
-from cphandler.handler import ContextParallelHandler
+from cphandler.handler.contract import ContextParallelHandler
 from cphandler.testing import RankPool, assert_close, visible_pairs
 
 ALLOCATOR = {

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cphandler import CPConfig, SlidingWindow, get_cp_handler_cls
-from cphandler.handler import ContextParallelHandler
+from cphandler.handler.contract import ContextParallelHandler
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch, Case
 from cphandler.testing.laws import check_all

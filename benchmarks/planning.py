@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.packs import CORPORA, RANKS, TOKENS, Bounds, Floor, bounds, drawn, mean_floor, packs
 from cphandler import BatchPlan, Layout, PlanStats, plan_batch
-from cphandler.layout import make_layout
+from cphandler.layouts.layout import make_layout
 
 BASELINES = ("zigzag", "contiguous", "whole")
 """Layouts that others are measured against; ``whole`` is zigzag with short documents whole."""

@@ -10,12 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cphandler.attention import AttentionResult
-    from cphandler.batch import get_batch_on_this_cp_rank, pack_documents, pack_lengths, unpack_documents
-    from cphandler.batch_plan import BatchPlan, PlanStats, plan_batch
-    from cphandler.comm import Traffic, record_traffic
+    from cphandler.attention.loop import AttentionResult
+    from cphandler.attention.options import AttentionModule, AttentionOptions, CoreAttention
+    from cphandler.comm.collectives import Traffic, record_traffic
     from cphandler.config import CPConfig
-    from cphandler.core_attention import AttentionModule, AttentionOptions, CoreAttention
     from cphandler.errors import (
         CPError,
         InvalidTypeError,
@@ -24,13 +22,16 @@ if TYPE_CHECKING:
         RankMismatchError,
         UnsupportedError,
     )
-    from cphandler.factory import available_cp_handlers, get_cp_handler_cls, register_cp_handler
-    from cphandler.handler import ContextParallelHandler
+    from cphandler.handler.contract import ContextParallelHandler
+    from cphandler.handler.factory import available_cp_handlers, get_cp_handler_cls, register_cp_handler
+    from cphandler.handler.layout_handler import LayoutHandler
     from cphandler.kernels import merge_attention as merge
-    from cphandler.layout import Layout
-    from cphandler.layout_handler import LayoutHandler
-    from cphandler.loss import connect_zero_loss
-    from cphandler.mask import (
+    from cphandler.layouts.layout import Layout
+    from cphandler.layouts.placement import Balanced
+    from cphandler.plan.batch_plan import BatchPlan, PlanStats, plan_batch
+    from cphandler.sharding.shard import Fragments
+    from cphandler.tokens.documents import Documents
+    from cphandler.tokens.masks import (
         AcrossDocuments,
         Bands,
         BlockCausal,
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
         SharedQuestion,
         SlidingWindow,
     )
-    from cphandler.placement import Balanced
-    from cphandler.sequence import Documents
-    from cphandler.stream import Fragments
+    from cphandler.tokens.packing import pack_documents, pack_lengths, unpack_documents
+    from cphandler.training.batch import get_batch_on_this_cp_rank
+    from cphandler.training.losses import connect_zero_loss
 
 __version__ = "0.1.0"
 
@@ -97,49 +98,49 @@ __all__ = [
 ]
 
 _MODULES: dict[str, str] = {
-    "AcrossDocuments": "mask",
-    "AttentionModule": "core_attention",
-    "AttentionOptions": "core_attention",
-    "AttentionResult": "attention",
-    "Balanced": "placement",
-    "Bands": "mask",
-    "BatchPlan": "batch_plan",
-    "BlockCausal": "mask",
+    "AcrossDocuments": "tokens.masks",
+    "AttentionModule": "attention.options",
+    "AttentionOptions": "attention.options",
+    "AttentionResult": "attention.loop",
+    "Balanced": "layouts.placement",
+    "Bands": "tokens.masks",
+    "BatchPlan": "plan.batch_plan",
+    "BlockCausal": "tokens.masks",
     "CPConfig": "config",
     "CPError": "errors",
-    "Causal": "mask",
-    "Chunked": "mask",
-    "ContextParallelHandler": "handler",
-    "CoreAttention": "core_attention",
-    "Documents": "sequence",
-    "Fragments": "stream",
-    "Full": "mask",
+    "Causal": "tokens.masks",
+    "Chunked": "tokens.masks",
+    "ContextParallelHandler": "handler.contract",
+    "CoreAttention": "attention.options",
+    "Documents": "tokens.documents",
+    "Fragments": "sharding.shard",
+    "Full": "tokens.masks",
     "InvalidTypeError": "errors",
     "InvalidValueError": "errors",
-    "Layout": "layout",
-    "LayoutHandler": "layout_handler",
-    "Mask": "mask",
+    "Layout": "layouts.layout",
+    "LayoutHandler": "handler.layout_handler",
+    "Mask": "tokens.masks",
     "MissingPackageError": "errors",
-    "PerDocument": "mask",
-    "PlanStats": "batch_plan",
-    "PrefixLM": "mask",
-    "PrefixWindow": "mask",
+    "PerDocument": "tokens.masks",
+    "PlanStats": "plan.batch_plan",
+    "PrefixLM": "tokens.masks",
+    "PrefixWindow": "tokens.masks",
     "RankMismatchError": "errors",
-    "SharedQuestion": "mask",
-    "SlidingWindow": "mask",
-    "Traffic": "comm",
+    "SharedQuestion": "tokens.masks",
+    "SlidingWindow": "tokens.masks",
+    "Traffic": "comm.collectives",
     "UnsupportedError": "errors",
-    "available_cp_handlers": "factory",
-    "connect_zero_loss": "loss",
-    "get_batch_on_this_cp_rank": "batch",
-    "get_cp_handler_cls": "factory",
+    "available_cp_handlers": "handler.factory",
+    "connect_zero_loss": "training.losses",
+    "get_batch_on_this_cp_rank": "training.batch",
+    "get_cp_handler_cls": "handler.factory",
     "merge": "kernels:merge_attention",
-    "pack_documents": "batch",
-    "pack_lengths": "batch",
-    "plan_batch": "batch_plan",
-    "record_traffic": "comm",
-    "register_cp_handler": "factory",
-    "unpack_documents": "batch",
+    "pack_documents": "tokens.packing",
+    "pack_lengths": "tokens.packing",
+    "plan_batch": "plan.batch_plan",
+    "record_traffic": "comm.collectives",
+    "register_cp_handler": "handler.factory",
+    "unpack_documents": "tokens.packing",
 }
 """Where each public name lives: a module of this package, and the name there if it is another one."""
 

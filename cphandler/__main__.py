@@ -1,4 +1,4 @@
-"""``python -m cphandler``: see :mod:`cphandler.cli`."""
+"""``python -m cphandler``: see :mod:`cphandler.cli.app`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main() -> None:
         MissingPackageError: typer or rich is not installed.
     """
     try:
-        app = import_module("cphandler.cli").app
+        app = import_module("cphandler.cli.app").app
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             "the command line needs a package that is not installed", got=error.name, fix="pip install 'cphandler[cli]'"

@@ -29,12 +29,12 @@ from cphandler import (
     SlidingWindow,
     UnsupportedError,
 )
-from cphandler.balance import balanced
-from cphandler.intervals import Table
-from cphandler.layout import contiguous, zigzag
-from cphandler.metadata import StreamMetadata, dense_streams
-from cphandler.placement import Batch, Placing, place
-from cphandler.workload import Workload
+from cphandler.layouts.balance import balanced
+from cphandler.layouts.layout import contiguous, zigzag
+from cphandler.layouts.placement import Batch, Placing, place
+from cphandler.layouts.workload import Workload
+from cphandler.tokens.intervals import Table
+from cphandler.tokens.metadata import StreamMetadata, dense_streams
 from tests.test_support import LENGTHS, masks_over
 
 Dense = npt.NDArray[np.bool_]

@@ -25,9 +25,9 @@ from cphandler import (
     UnsupportedError,
     plan_batch,
 )
-from cphandler.layout import LENGTH, START
-from cphandler.plan import FROM, TO
-from cphandler.tasks import NK, NQ, task_counts
+from cphandler.layouts.layout import LENGTH, START
+from cphandler.plan.plan import FROM, TO
+from cphandler.plan.tasks import NK, NQ, task_counts
 from cphandler.testing import RankPool, visible_pairs
 from cphandler.testing.cases import Case, make_handler
 from tests.test_mask import Counts, masks_for, some_documents

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler import Causal, record_traffic
-from cphandler.attention import Indices, Terms, attention
-from cphandler.comm import all_gather, all_to_all, exchange_rows, post, reduce_scatter, ring_shift
-from cphandler.layout import make_layout
-from cphandler.plan import make_plan
-from cphandler.reshard import HeadSplit, gather_heads_scatter_seq, gather_seq_scatter_heads
-from cphandler.sequence import Documents
-from cphandler.stream import Stream
+from cphandler.attention.loop import Indices, Terms, attention
+from cphandler.comm.collectives import all_gather, all_to_all, exchange_rows, post, reduce_scatter, ring_shift
+from cphandler.layouts.layout import make_layout
+from cphandler.plan.plan import make_plan
+from cphandler.sharding.heads import HeadSplit, gather_heads_scatter_seq, gather_seq_scatter_heads
+from cphandler.sharding.shard import Stream
 from cphandler.testing import RankPool, partition_group
+from cphandler.tokens.documents import Documents
 
 DTYPES = [
     torch.bool,

@@ -90,7 +90,7 @@ def test_the_librarys_backends_conform(tmp_path: Path, backend: str) -> None:
 BROKEN = """
 import torch
 from cphandler.backends.ring import RingHandler
-from cphandler.capabilities import Capabilities
+from cphandler.handler.capabilities import Capabilities
 
 
 class Broken(RingHandler):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cphandler import Layout
-from cphandler.mask import Bands, Causal, Full, SlidingWindow
-from cphandler.sequence import Documents
 from cphandler.testing import RankPool, assert_close, dense_attention, visible_pairs
 from cphandler.testing.cases import Batch, Case, group_of, make_handler
 from cphandler.testing.laws import check_all, check_attention, check_gradients_of_movement, check_roll
+from cphandler.tokens.documents import Documents
+from cphandler.tokens.masks import Bands, Causal, Full, SlidingWindow
 
 MASKS = (Causal(), Full(), SlidingWindow(3), SlidingWindow(4, 2))
 PACKED = (

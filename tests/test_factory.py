@@ -16,10 +16,10 @@ from cphandler import (
     MissingPackageError,
     available_cp_handlers,
     connect_zero_loss,
-    factory,
     get_cp_handler_cls,
     register_cp_handler,
 )
+from cphandler.handler import factory
 
 
 class MyHandler(LayoutHandler):

@@ -11,61 +11,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-LADDER: list[set[str]] = [
-    # rung 0
-    {"errors", "intervals", "eager"},
-    {"config", "sequence", "comm", "matching", "kernels.task", "kernels.dropout"},
-    {"layout", "mask", "mesh", "metadata", "kernels.merge", "kernels.strips"},
-    # rung 1
-    {"tasks", "reshard", "rope", "kernels.kernel", "workload", "key_placement"},
-    {"filling"},
-    {"balance"},
-    {"placement"},
-    {"plan", "load", "stream", "agreement", "kernels.blocks"},
-    {"exchange", "site", "batch_plan"},
-    {"dispatch", "kernels.reference", "kernels.torch_cpu"},
-    {"roll", "kernels.torch_cuda"},
-    {"kernels.registry"},
-    {"kernels"},
-    # rung 2
-    {"core_attention", "attention", "capabilities"},
-    {"attention_call", "handler"},
-    {"rows_handler", "head_parallel"},
-    {"layout_handler"},
-    # rung 3
-    {
-        "backends.local",
-        "backends.ulysses",
-        "backends.ring",
-        "backends.p2p",
-        "backends.all_gather",
-        "backends.usp",
-        "backends.layered",
-        "factory",
-        "batch",
-        "loss",
-    },
-    {"backends"},
-    # the package's face, then rung 4
-    {"__init__", "support"},
-    {"cli"},
-    {"__main__"},
-    {"testing.pool", "testing.reference", "testing.tolerance"},
-    {"testing.cases"},
-    {"testing.laws"},
-    {"testing.subject"},
-    {"testing.plugin"},
-    {"testing.test_conformance"},
-    {"testing"},
-    {"demo.model", "demo.corpus", "demo.training", "demo.report", "demo.app", "demo.__main__", "demo"},
+FLOORS: list[set[str]] = [
+    {"errors", "config", "precision", "tracing"},
+    {"tokens"},
+    {"layouts", "kernels", "comm"},
+    {"plan", "sharding"},
+    {"attention"},
+    {"handler"},
+    {"backends", "training"},
+    {"__init__"},
+    {"cli", "testing"},
+    {"__main__", "demo"},
 ]
-"""Modules by rung, lowest first; a module imports only from rungs below its own."""
-
-INSIDE_THE_DEMO = ["demo.model", "demo.corpus", "demo.training", "demo.report", "demo.app", "demo.__main__"]
+"""Rooms by floor, lowest first: a folder, or a file beside the folders. A room imports from floors below its own."""
 
 
-def rung_of() -> dict[str, int]:
-    return {module: rung for rung, modules in enumerate(LADDER) for module in modules}
+def room_of(module: str) -> str:
+    return module.split(".", maxsplit=1)[0]
+
+
+def floor_of() -> dict[str, int]:
+    return {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def modules() -> dict[str, Path]:
@@ -83,12 +49,12 @@ def modules() -> dict[str, Path]:
 
 def imports_of(path: Path) -> set[str]:
     """Modules of the package that a file imports, type-checking imports included."""
-    found = set()
+    found, known = set(), modules()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cphandler":
             base = node.module.removeprefix("cphandler").lstrip(".")
             names = {f"{base}.{alias.name}".lstrip(".") for alias in node.names}
-            found |= {name if name in modules() else base or "__init__" for name in names}
+            found |= {name if name in known else base or "__init__" for name in names}
         if isinstance(node, ast.Import):
             found |= {
                 alias.name.removeprefix("cphandler.") for alias in node.names if alias.name.startswith("cphandler")
@@ -96,17 +62,33 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def test_every_module_has_a_rung() -> None:
-    assert set(modules()) == set(rung_of())
+def test_every_module_is_in_a_room() -> None:
+    assert {room_of(module) for module in modules()} == set(floor_of())
 
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_go_down(name: str) -> None:
-    rungs = rung_of()
+    floors = floor_of()
     for imported in imports_of(modules()[name]):
-        below = rungs[imported] < rungs[name]
-        within_demo = imported in INSIDE_THE_DEMO[: INSIDE_THE_DEMO.index(name)] if name in INSIDE_THE_DEMO else False
-        assert below or within_demo, f"{name} (rung {rungs[name]}) imports {imported} (rung {rungs[imported]})"
+        here, there = room_of(name), room_of(imported)
+        assert here == there or floors[there] < floors[here], f"{name} (floor {floors[here]}) imports {imported}"
+
+
+@pytest.mark.parametrize("room", sorted(floor_of()))
+def test_files_of_a_folder_import_each_other_in_no_circle(room: str) -> None:
+    inside = {name: imports_of(path) for name, path in modules().items() if room_of(name) == room and name != room}
+    left = {name: imported & inside.keys() for name, imported in inside.items()}
+    while left:
+        free = {name for name, imported in left.items() if not imported & left.keys()}
+        assert free, f"a circle among {', '.join(sorted(left))}"
+        left = {name: imported for name, imported in left.items() if name not in free}
+
+
+def test_kernels_know_neither_ranks_nor_transport() -> None:
+    for name, path in modules().items():
+        if room_of(name) == "kernels":
+            assert {room_of(imported) for imported in imports_of(path)} <= {"kernels", "tokens", "errors", "precision"}
+            assert "distributed" not in path.read_text(), name
 
 
 def test_backends_never_import_each_other() -> None:
@@ -119,9 +101,11 @@ def test_only_comm_calls_collectives() -> None:
     """Other modules may ask a group for its rank and size; data moves in one place."""
     allowed = {"get_rank", "get_world_size", "ProcessGroup", "GroupMember", "get_process_group_ranks"}
     for name, path in modules().items():
-        if name == "comm" or name.startswith(("testing", "demo")):
+        if name == "comm.collectives" or room_of(name) in ("testing", "demo"):
             continue
-        makes_groups = {"new_group", "get_backend_config", "group", "distributed_c10d"} if name == "mesh" else set()
+        makes_groups = (
+            {"new_group", "get_backend_config", "group", "distributed_c10d"} if name == "comm.groups" else set()
+        )
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
                 assert node.attr in allowed | makes_groups, f"{name} uses dist.{node.attr}"

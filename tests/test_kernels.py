@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cphandler import CPConfig, InvalidTypeError, InvalidValueError, UnsupportedError, get_cp_handler_cls
-from cphandler.comm import accumulator_dtype
-from cphandler.intervals import UNBOUNDED
 from cphandler.kernels import (
     Dropout,
     Kernel,
@@ -32,7 +30,9 @@ from cphandler.kernels.merge import merge_into
 from cphandler.kernels.reference import ReferenceKernel
 from cphandler.kernels.strips import additive_mask, strips, tiles
 from cphandler.kernels.torch_cuda import TorchCudaKernel
+from cphandler.precision import accumulator_dtype
 from cphandler.testing import assert_close
+from cphandler.tokens.intervals import UNBOUNDED
 
 PLAIN = Softmax(0.3)
 FULL = (-UNBOUNDED, UNBOUNDED)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cphandler import Documents, InvalidTypeError, InvalidValueError, Layout
-from cphandler.layout import LAYOUTS, make_layout, zigzag
+from cphandler.layouts.layout import LAYOUTS, make_layout, zigzag
 
 lengths_of_documents = st.lists(st.integers(0, 40), min_size=0, max_size=8)
 

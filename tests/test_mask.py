@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cphandler.mask
+import cphandler.tokens.masks
 from cphandler import (
     AcrossDocuments,
     Bands,
@@ -34,8 +34,9 @@ from cphandler import (
     SlidingWindow,
     UnsupportedError,
 )
-from cphandler.mask import make_mask, restrict
 from cphandler.testing import visible_pairs
+from cphandler.tokens.bands import restrict
+from cphandler.tokens.masks import make_mask
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -172,7 +173,7 @@ def test_bands_across_two_streams_are_the_definition(data: st.DataObject, stream
 
 
 def test_the_picture_in_the_docstring() -> None:
-    lines = [line.strip() for line in (cphandler.mask.__doc__ or "").splitlines()]
+    lines = [line.strip() for line in (cphandler.tokens.masks.__doc__ or "").splitlines()]
     heads = [i for i, line in enumerate(lines) if re.match(r"\w+\(.*\)$", line)]
     assert len(heads) == 2
     drawn = {}
@@ -190,7 +191,7 @@ def test_the_picture_in_the_docstring() -> None:
         "SharedQuestion((2, 2, 2))",
     }
     for name, rows in drawn.items():
-        assert rows == picture_of(eval(name, vars(cphandler.mask)), 6), name
+        assert rows == picture_of(eval(name, vars(cphandler.tokens.masks)), 6), name
 
 
 def test_aligned_diagonals() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cphandler.intervals import Flags, Table
-from cphandler.matching import matchings
+from cphandler.plan.matching import matchings
+from cphandler.tokens.intervals import Flags, Table
 
 sizes, seeds = st.integers(1, 40), st.integers(0, 2**32 - 1)
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from cphandler import Causal, Documents, Full, Mask, SlidingWindow
 from cphandler.errors import UnsupportedError
-from cphandler.intervals import UNBOUNDED
-from cphandler.layout import Layout, make_layout
-from cphandler.mask import restrict
-from cphandler.plan import FROM, Plan, make_plan
-from cphandler.stream import Stream, StreamPair
-from cphandler.tasks import visibility
+from cphandler.layouts.layout import Layout, make_layout
+from cphandler.plan.plan import FROM, Plan, make_plan
+from cphandler.plan.tasks import visibility
+from cphandler.sharding.shard import Stream, StreamPair
 from cphandler.testing import visible_pairs
+from cphandler.tokens.bands import restrict
+from cphandler.tokens.intervals import UNBOUNDED
 from tests.test_mask import Counts, cross_masks_for, masks_for, some_documents, two_streams
 
 layouts = st.sampled_from(["zigzag", "contiguous", "striped"])

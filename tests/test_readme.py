@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cphandler import factory, get_cp_handler_cls
+from cphandler import get_cp_handler_cls
+from cphandler.handler import factory
 from cphandler.testing import RankPool, assert_close, partition_group
 from cphandler.testing.cases import Batch, Case
 from cphandler.testing.laws import check_attention

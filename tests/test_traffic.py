@@ -26,11 +26,11 @@ from cphandler import (
     PrefixLM,
     SharedQuestion,
     SlidingWindow,
-    comm,
     record_traffic,
 )
-from cphandler.layout import make_layout
-from cphandler.plan import FROM, TO, Plan, make_plan
+from cphandler.comm import collectives
+from cphandler.layouts.layout import make_layout
+from cphandler.plan.plan import FROM, TO, Plan, make_plan
 from cphandler.testing import RankPool, assert_close, dense_gradients, visible_pairs
 from cphandler.testing.cases import (
     PARTITIONS,
@@ -104,10 +104,10 @@ class Share:
 @contextmanager
 def watched() -> Iterator[Trip]:
     """Count what this rank sends and look at every batch of sends and receives."""
-    trip, post = Trip(), comm.post
+    trip, post = Trip(), collectives.post
     held: set[StorageWeakRef] = set()
 
-    def looked_at(sends: Any, receives: Any, group_name: str) -> comm.Transfer:
+    def looked_at(sends: Any, receives: Any, group_name: str) -> collectives.Transfer:
         trip.posts.append((len(sends), len(receives)))
         for tensor, _ in receives:
             trip.largest = max(trip.largest, tensor.numel())
@@ -115,12 +115,12 @@ def watched() -> Iterator[Trip]:
         trip.alive = max(trip.alive, sum(not storage.expired() for storage in held))
         return post(sends, receives, group_name)
 
-    comm.post = looked_at
+    collectives.post = looked_at
     try:
         with record_traffic() as traffic:
             yield trip
     finally:
-        comm.post = post
+        collectives.post = post
     trip.sent, trip.messages = traffic.sent_bytes, traffic.messages
 
 

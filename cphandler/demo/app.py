@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cphandler import get_cp_handler_cls
-from cphandler.capabilities import LAYOUTS
 from cphandler.demo.corpus import packed_batches
 from cphandler.demo.report import Comparison, compare, print_table, write_json, write_plot
 from cphandler.demo.training import RunResult, RunSettings, train
 from cphandler.errors import InvalidValueError
+from cphandler.handler.capabilities import LAYOUTS
 from cphandler.testing import RankPool, partition_group
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -13,10 +13,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cphandler.comm import accumulator_dtype
 from cphandler.kernels.dropout import Dropout
 from cphandler.kernels.strips import additive_mask, tiles
 from cphandler.kernels.task import Tasks
+from cphandler.precision import accumulator_dtype
 
 ROWS, COLUMNS = 256, 2048
 """Query rows and keys of a tile of dense scores; ``[B, N, ROWS, COLUMNS]`` is the largest temporary."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cphandler.comm import accumulator_dtype
 from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.precision import accumulator_dtype
 
 
 def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

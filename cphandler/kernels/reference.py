@@ -8,12 +8,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from cphandler.comm import accumulator_dtype
 from cphandler.kernels.blocks import BlockKernel
 from cphandler.kernels.dropout import keep_mask
 from cphandler.kernels.kernel import COLUMNS, ROWS, Gradients, Saved, Softmax, grouped
 from cphandler.kernels.strips import additive_mask, tiles
 from cphandler.kernels.task import Task
+from cphandler.precision import accumulator_dtype
 
 
 class _Dense(NamedTuple):

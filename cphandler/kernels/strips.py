@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from cphandler.intervals import UNBOUNDED
 from cphandler.kernels.task import Task
+from cphandler.tokens.intervals import UNBOUNDED
 
 
 def strips(task: Task, rows: int, widest: int) -> Iterator[Task]:

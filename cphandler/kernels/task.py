@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
-from cphandler.intervals import UNBOUNDED
+from cphandler.tokens.intervals import UNBOUNDED
 
 
 class Task(NamedTuple):

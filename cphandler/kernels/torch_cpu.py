@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cphandler.intervals import UNBOUNDED
 from cphandler.kernels.blocks import BlockKernel
 from cphandler.kernels.kernel import Gradients, Saved, Softmax
 from cphandler.kernels.strips import additive_mask, strips
 from cphandler.kernels.task import Task
+from cphandler.tokens.intervals import UNBOUNDED
 
 WIDEST = 2048
 """Keys of a strip that all its rows see, from which on they are a block of their own and need no mask."""

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler.config import CPConfig
-from cphandler.factory import get_cp_handler_cls
-from cphandler.handler import ContextParallelHandler
+from cphandler.handler.contract import ContextParallelHandler
+from cphandler.handler.factory import get_cp_handler_cls
 from cphandler.kernels import Dropout, keep_mask, query_states
-from cphandler.layout import Layout
-from cphandler.mask import Causal, Mask
-from cphandler.sequence import Documents
+from cphandler.layouts.layout import Layout
 from cphandler.testing.pool import partition_group
 from cphandler.testing.reference import visible_pairs
+from cphandler.tokens.documents import Documents
+from cphandler.tokens.masks import Causal, Mask
 
 PARTITIONS = {
     1: ((0,), (1,), (2,), (3,)),

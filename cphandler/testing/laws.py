@@ -10,10 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cphandler.attention import AttentionResult
-from cphandler.handler import ContextParallelHandler, FreqsMode
-from cphandler.mask import Mask
-from cphandler.sequence import Documents
+from cphandler.attention.loop import AttentionResult
+from cphandler.handler.contract import ContextParallelHandler, FreqsMode
 from cphandler.testing.cases import (
     Case,
     Data,
@@ -35,6 +33,8 @@ from cphandler.testing.reference import (
     visible_pairs,
 )
 from cphandler.testing.tolerance import assert_close
+from cphandler.tokens.documents import Documents
+from cphandler.tokens.masks import Mask
 
 LEVEL = ("zigzag", "contiguous", "striped", "balanced")
 """Layouts of the library that give every rank ``ceil(S / P)`` rows."""

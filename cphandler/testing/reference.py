@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cphandler.mask import (
+from cphandler.tokens.documents import Documents
+from cphandler.tokens.masks import (
     AcrossDocuments,
     Bands,
     BlockCausal,
@@ -26,7 +27,6 @@ from cphandler.mask import (
     SharedQuestion,
     SlidingWindow,
 )
-from cphandler.sequence import Documents
 
 
 def visible_pairs(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cphandler.capabilities import FORMATS, LAYOUTS, Capabilities
 from cphandler.config import CPConfig
-from cphandler.handler import ContextParallelHandler
+from cphandler.handler.capabilities import FORMATS, LAYOUTS, Capabilities
+from cphandler.handler.contract import ContextParallelHandler
 from cphandler.testing.cases import Case, handler_class
 from cphandler.testing.laws import Stage, hold_all
 from cphandler.testing.pool import RankPool

@@ -15,20 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-from cphandler.mask import (
-    AcrossDocuments,
-    Bands,
-    BlockCausal,
-    Causal,
-    Chunked,
-    Full,
-    Mask,
-    PerDocument,
-    PrefixLM,
-    PrefixWindow,
-    SharedQuestion,
-    SlidingWindow,
-)
 from cphandler.testing.cases import Batch, Case
 from cphandler.testing.laws import (
     check_attention,
@@ -42,6 +28,20 @@ from cphandler.testing.laws import (
 from cphandler.testing.plugin import subject_of
 from cphandler.testing.pool import RankError, RankPool
 from cphandler.testing.subject import Subject
+from cphandler.tokens.masks import (
+    AcrossDocuments,
+    Bands,
+    BlockCausal,
+    Causal,
+    Chunked,
+    Full,
+    Mask,
+    PerDocument,
+    PrefixLM,
+    PrefixWindow,
+    SharedQuestion,
+    SlidingWindow,
+)
 
 REAL = ("xxxxxxxxx", "xxxxx....", "....xxxxx", "xx..xx.xx", ".........")
 """Rows of a dense batch: no padding, right, left, holes, and nothing real at all."""

@@ -1,0 +1,1 @@
+"""Attention: the one loop of exchange x kernel, its options, its calls."""

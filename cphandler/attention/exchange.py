@@ -1,0 +1,485 @@
+"""Exchanges: how rows on the key side reach the queries, and how their gradients go home.
+
+An exchange moves whatever row tensors ``[B, L, ...]`` it is given (keys and values today) and knows nothing of
+attention. It is an iterator over blocks: the caller computes with each block while the next one travels. Everything a
+rank sends follows from the plan, so that all ranks agree without asking.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cphandler.comm import collectives
+from cphandler.errors import InvalidValueError
+from cphandler.plan.plan import FROM, Plan
+from cphandler.tokens.intervals import Table, expand
+
+Rows: TypeAlias = tuple[Tensor, ...]
+"""Row tensors ``[B, L, ...]`` of one dtype that travel together."""
+
+
+class Route(NamedTuple):
+    """What an exchange knows beside the rows.
+
+    Attributes:
+        plan: this rank's plan.
+        group_name: the group to exchange in.
+        places: for one gather, ``[S]`` place ``rank * L + row`` of each global token, on the rows' device; None leaves
+            the gathered rows in rank order.
+        wire: dtype in which gradients travel; None is the accumulator's.
+    """
+
+    plan: Plan
+    group_name: str
+    places: Tensor | None = None
+    wire: torch.dtype | None = None
+
+
+class Block(NamedTuple):
+    """Rows that have arrived, the tasks over them, and in a backward pass where their gradients are added.
+
+    Attributes:
+        tasks: tasks over the rows.
+        rows: the rows.
+        grads: accumulators; empty in a forward pass.
+        owner: the rank whose rows they are; 0 where they are everybody's.
+        runs: ``[n, 2]`` runs ``(start, length)`` of the owner's rows that the block holds; None for all of them.
+    """
+
+    tasks: Table
+    rows: Rows
+    grads: Rows
+    owner: int
+    runs: Table | None = None
+
+
+class Exchange(ABC):
+    """Brings every block of rows that this rank's tasks need."""
+
+    @abstractmethod
+    def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
+        """Yield blocks in plan order; ``grads`` is empty."""
+
+    @abstractmethod
+    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+        """Yield the same blocks with gradient accumulators, and bring what was added to them home.
+
+        Args:
+            route: the route of the forward pass.
+            rows: this rank's rows.
+            home: accumulators for the gradients of ``rows``; complete once the iterator is exhausted.
+        """
+
+
+class NoExchange(Exchange):
+    """Every task's keys are on this rank."""
+
+    def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
+        """Yield the rank's own rows."""
+        yield Block(route.plan.tasks, rows, (), 0)
+
+    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+        """Yield the rank's own rows and accumulators."""
+        yield Block(route.plan.tasks, rows, home, 0)
+
+
+class _Packed:
+    """Row tensors in one flat buffer, so that a block is one message."""
+
+    def __init__(self, flat: Tensor, shapes: Sequence[torch.Size]) -> None:
+        self.flat, self.shapes = flat, shapes
+        parts = flat.split([shape.numel() for shape in shapes])
+        self.rows: Rows = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Packed:
+        """A packed copy."""
+        packed = cls.empty_like(rows)
+        for part, row in zip(packed.rows, rows, strict=True):
+            part.copy_(row)
+        return packed
+
+    @classmethod
+    def empty_like(cls, rows: Rows, length: int | None = None, dtype: torch.dtype | None = None) -> _Packed:
+        """Room for the same shapes, or for shapes with so many rows."""
+        shapes = _shapes(rows, length)
+        return cls(rows[0].new_empty(sum(shape.numel() for shape in shapes), dtype=dtype), shapes)
+
+    @classmethod
+    def zeros_like(cls, rows: Rows, length: int | None = None) -> _Packed:
+        """Zeros in the same shapes, or in shapes with so many rows."""
+        shapes = _shapes(rows, length)
+        return cls(rows[0].new_zeros(sum(shape.numel() for shape in shapes)), shapes)
+
+
+def _shapes(rows: Rows, length: int | None) -> list[torch.Size]:
+    if length is None:
+        return [row.shape for row in rows]
+    return [torch.Size([row.shape[0], length, *row.shape[2:]]) for row in rows]
+
+
+class RingExchange(Exchange):
+    """Blocks travel round the ring, rank r to r + 1, one hop a step (Ring Attention, arXiv 2310.01889).
+
+    At step s a rank holds the block of rank ``r - s``. A block stops after the last rank that needs it, and ranks that
+    need nothing more of it are not sent it. Gradients start at the first rank that needs the block, follow it round
+    and go from the last one straight home, so that a rank's own share never travels. Two block buffers and at most
+    four of gradients (this rank's share, the sum that arrives, the one that leaves, the own one coming home), whatever
+    the number of ranks.
+    """
+
+    def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
+        """Yield the own block, then each block that arrives while the one before it is computed."""
+        plan = route.plan
+        for step, block in _circulate(plan, rows, route.group_name):
+            owner = (plan.rank - step) % plan.cp_size
+            tasks = plan.tasks_of(owner)
+            if len(tasks):
+                yield Block(tasks, block, (), owner)
+
+    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+        """Yield the own block with ``home`` itself, then the others with accumulators that travel on."""
+        plan = route.plan
+        gradients = _TravellingGradients(plan, home, route.group_name)
+        for step, block in _circulate(plan, rows, route.group_name):
+            owner = (plan.rank - step) % plan.cp_size
+            tasks = plan.tasks_of(owner)
+            if step == 0:
+                yield Block(tasks, block, home, owner)
+                continue
+            share = None
+            if len(tasks):
+                share = _Packed.zeros_like(home)
+                yield Block(tasks, block, share.rows, owner)
+            gradients.pass_on(step, share)
+        gradients.settle()
+
+
+def _circulate(plan: Plan, rows: Rows, group_name: str) -> Iterator[tuple[int, Rows]]:
+    """Yield ``(step, block)``; while the caller works on a block, it is sent on and the next one is received.
+
+    Every step is yielded; the rows of a block that this rank is not sent are empty, and so are its tasks.
+    """
+    size, rank, last = plan.cp_size, plan.rank, plan.hops[:, 1].tolist()
+    if not any(last):
+        yield 0, rows
+        return
+    collectives.connect(group_name, rows[0].device)
+    held, spare = _Packed.of(rows), _Packed.empty_like(rows)
+    for step in range(size):
+        owner, upcoming = (rank - step) % size, (rank - step - 1) % size
+        transfer = collectives.post(
+            [(held.flat, (rank + 1) % size)] if last[owner] > step else [],
+            [(spare.flat, (rank - 1) % size)] if step + 1 < size and last[upcoming] > step else [],
+            group_name,
+        )
+        yield step, rows if step == 0 else held.rows
+        transfer.wait()
+        held, spare = spare, held
+
+
+class _TravellingGradients:
+    """Gradient accumulators of other ranks' blocks on their way home.
+
+    At step s this rank adds its share for the block of rank ``r - s`` to what rank ``r - 1`` sent, and passes the sum
+    to rank ``r + 1``, or home from the last rank that needs the block.
+    """
+
+    def __init__(self, plan: Plan, home: Rows, group_name: str) -> None:
+        self.plan, self.home, self.group_name = plan, home, group_name
+        self.first, self.last = plan.hops[:, 0].tolist(), plan.hops[:, 1].tolist()
+        self._transfer: collectives.Transfer | None = None
+        self._travelling: _Packed | None = None
+        self._returning: _Packed | None = None
+
+    def pass_on(self, step: int, share: _Packed | None) -> None:
+        """Send the block's sum so far on its way, and start to receive what the next step continues."""
+        size, rank = self.plan.cp_size, self.plan.rank
+        total = self._with_arrived(share)
+        owner, upcoming = (rank - step) % size, (rank - step - 1) % size
+        sends, receives = [], []
+        if total is not None and step <= self.last[owner]:
+            sends.append((total.flat, owner if step == self.last[owner] else (rank + 1) % size))
+        if step + 1 < size and self.first[upcoming] <= step < self.last[upcoming]:
+            self._travelling = _Packed.empty_like(self.home)
+            receives.append((self._travelling.flat, (rank - 1) % size))
+        if step == self.last[rank]:
+            self._returning = _Packed.empty_like(self.home)
+            receives.append((self._returning.flat, (rank + step) % size))
+        self._transfer = collectives.post(sends, receives, self.group_name)
+
+    def _with_arrived(self, share: _Packed | None) -> _Packed | None:
+        """Wait for the transfer of the step before; the travelling sum with this rank's share in it."""
+        self.settle()
+        total, self._travelling = self._travelling, None
+        if total is None or share is None:
+            return share if total is None else total
+        total.flat += share.flat
+        return total
+
+    def settle(self) -> None:
+        """Wait for what is under way, and add what has come home."""
+        if self._transfer is not None:
+            self._transfer.wait()
+            self._transfer = None
+        if self._returning is not None:
+            for total, returned in zip(self.home, self._returning.rows, strict=True):
+                total.add_(returned)
+            self._returning = None
+
+
+class DirectExchange(Exchange):
+    """Each row goes straight to exactly the ranks whose queries see it, and only those gradients come back.
+
+    Messages are arranged in stages, each a matching of senders and receivers (:mod:`cphandler.plan.matching`). While
+    the tasks of one stage run, the rows of the next one arrive: two blocks of at most L rows, whatever the number of
+    ranks, and a packed copy of the rows that this rank is sending. A gradient travels once, from the rank that computed
+    it to the rank that owns the row.
+    """
+
+    def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
+        """Yield the own block, then each block that has arrived while the one before it was computed."""
+        own = route.plan.tasks_of(route.plan.rank)
+        for stage, block in _staged(route, rows):
+            if stage < 0:
+                yield Block(own, rows, (), route.plan.rank)
+            elif block is not None:
+                yield _block_of(route.plan, stage, block, ())
+            del block  # its memory is for the rows after the next
+
+    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+        """Yield the same blocks; each one's gradients start home while the next one is computed."""
+        own, returns = route.plan.tasks_of(route.plan.rank), _Returns(route, home)
+        for stage, block in _staged(route, rows):
+            if stage < 0:
+                yield Block(own, rows, home, route.plan.rank)
+                continue
+            grads = None
+            if block is not None:
+                grads = _Packed.zeros_like(home, block[0].shape[1])
+                yield _block_of(route.plan, stage, block, grads.rows)
+            del block  # its memory is for the rows after the next
+            returns.send(stage, grads)
+            del grads
+        returns.settle()
+
+
+def _block_of(plan: Plan, stage: int, rows: Rows, grads: Rows) -> Block:
+    owner = int(plan.stages[stage, FROM])
+    return Block(plan.tasks_of(owner), rows, grads, owner, plan.runs(stage, sent=False))
+
+
+def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
+    """Yield ``(stage, rows received)``, stage -1 for what is here; None where this rank receives nothing in a stage."""
+    plan = route.plan
+    if len(plan.stages):
+        collectives.connect(route.group_name, rows[0].device)
+    upcoming = _posted(route, 0, rows)
+    yield -1, rows
+    for stage in range(len(plan.stages)):
+        transfer, received = upcoming
+        transfer.wait()
+        upcoming = _posted(route, stage + 1, rows)
+        yield stage, None if received is None else received.rows
+
+
+def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, _Packed | None]:
+    """Start a stage: what is under way, and where what arrives will be; nothing after the last stage."""
+    plan = route.plan
+    if stage >= len(plan.stages):
+        return collectives.Transfer([], []), None
+    to, source = plan.stages[stage].tolist()
+    received = None
+    if source >= 0:
+        received = _Packed.empty_like(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
+    sends = [(_packed_runs(rows, plan.runs(stage, sent=True)).flat, to)] if to >= 0 else []
+    receives = [] if received is None else [(received.flat, source)]
+    return collectives.post(sends, receives, route.group_name), received
+
+
+class _Returns:
+    """Gradients on their way home, stage by stage, against the direction in which the rows came."""
+
+    def __init__(self, route: Route, home: Rows) -> None:
+        self.route, self.home = route, home
+        self._transfer = collectives.Transfer([], [])
+        self._arriving: tuple[Table, _Packed] | None = None
+
+    def send(self, stage: int, grads: _Packed | None) -> None:
+        """Add what came home in the stage before, then start this one."""
+        self.settle()
+        plan = self.route.plan
+        to, source = plan.stages[stage].tolist()
+        wire = self.route.wire or self.home[0].dtype
+        sends = [] if grads is None else [(grads.flat.to(wire), source)]
+        receives = []
+        if to >= 0:
+            runs = plan.runs(stage, sent=True)
+            arriving = _Packed.empty_like(self.home, int(runs[:, 1].sum()), wire)
+            self._arriving = runs, arriving
+            receives.append((arriving.flat, to))
+        self._transfer = collectives.post(sends, receives, self.route.group_name)
+
+    def settle(self) -> None:
+        """Wait for what is under way, and add what has come home."""
+        self._transfer.wait()
+        if self._arriving is not None:
+            runs, arrived = self._arriving
+            for total, part in zip(self.home, arrived.rows, strict=True):
+                _add_runs(total, part, runs)
+            self._arriving = None
+
+
+_FEW_RUNS = 16
+"""Up to so many runs are copied one by one; more are taken by an index."""
+
+
+def _packed_runs(rows: Rows, runs: Table) -> _Packed:
+    """The rows of runs ``(start, length)``, end to end."""
+    if len(runs) > _FEW_RUNS:
+        index = rows_of(runs, rows[0].device)
+        return _Packed.of(tuple(row.index_select(1, index) for row in rows))
+    packed = _Packed.empty_like(rows, int(runs[:, 1].sum()))
+    for part, row in zip(packed.rows, rows, strict=True):
+        first = 0
+        for start, length in runs.tolist():
+            part[:, first : first + length] = row[:, start : start + length]
+            first += length
+    return packed
+
+
+def _add_runs(total: Tensor, part: Tensor, runs: Table) -> None:
+    """Add rows that lie end to end to the runs they came from."""
+    if len(runs) > _FEW_RUNS:
+        index = rows_of(runs, total.device)
+        total.index_copy_(1, index, total.index_select(1, index).add_(part))
+        return
+    first = 0
+    for start, length in runs.tolist():
+        total[:, start : start + length].add_(part[:, first : first + length])
+        first += length
+
+
+def rows_of(runs: Table, device: torch.device) -> Tensor:
+    """The row numbers in runs ``(start, length)``, end to end, on a device; not to be written to.
+
+    Every layer of a batch asks for the same ones, and another batch for others: the last ones are kept.
+    """
+    return _rows_of(runs.tobytes(), device)
+
+
+@lru_cache(maxsize=128)
+def _rows_of(runs: bytes, device: torch.device) -> Tensor:
+    starts, lengths = np.frombuffer(runs, dtype=np.int64).reshape(-1, 2).T
+    with torch.inference_mode(mode=False):  # asked for by an evaluation first, they may serve training later
+        return torch.from_numpy(expand(starts, lengths)).to(device)
+
+
+class GatherExchange(Exchange):
+    """Every rank gets every row at once; one reduce-scatter sums the gradients on their way home.
+
+    Rows stay in rank order, a block per owner. Where the route says so they are put in global order instead, one block
+    of all: a copy that pays for kernels that take everything a row sees in one call, and then have nothing to merge.
+    """
+
+    def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
+        """Gather, then yield the blocks in plan order."""
+        yield from _gathered_blocks(route, rows, None)
+
+    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+        """Gather again (a layer keeps only its own rows), yield the blocks, reduce-scatter their gradients."""
+        everyone = home[0].new_zeros(route.plan.cp_size, sum(row.numel() for row in home))
+        yield from _gathered_blocks(route, rows, _Everyone(everyone, [row.shape for row in home]))
+        mine = _Packed(_summed(route, everyone), [row.shape for row in home])
+        for own, part in zip(home, mine.rows, strict=True):
+            own.add_(part)
+
+
+class _Everyone(NamedTuple):
+    """All ranks' rows: ``[P, numbers of a rank]``, and the shapes in which a rank's numbers lie."""
+
+    flat: Tensor
+    shapes: list[torch.Size]
+
+    def of(self, rank: int) -> Rows:
+        """A rank's rows."""
+        return _Packed(self.flat[rank], self.shapes).rows
+
+    def ordered(self, places: Tensor) -> Rows:
+        """A copy of everybody's rows in global order."""
+        size = len(self.flat)
+        parts = self.flat.split([shape.numel() for shape in self.shapes], dim=1)
+        return tuple(
+            torch.cat([part[rank].view(shape) for rank in range(size)], dim=1).index_select(1, places)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
+
+    def add_ordered(self, grads: Rows, places: Tensor) -> None:
+        """Add rows in global order to where they belong."""
+        size = len(self.flat)
+        for i, (part, shape) in enumerate(zip(grads, self.shapes, strict=True)):
+            ranked = part.new_zeros(shape[0], size * shape[1], *shape[2:]).index_copy_(1, places, part)
+            for rank, rows in enumerate(ranked.chunk(size, dim=1) if shape[1] else []):
+                self.of(rank)[i].add_(rows)
+
+
+def _gathered_blocks(route: Route, rows: Rows, grads: _Everyone | None) -> Iterator[Block]:
+    plan, own = route.plan, _Packed.of(rows)
+    flat = collectives.all_gather(own.flat, route.group_name).view(plan.cp_size, own.flat.numel())
+    gathered = _Everyone(flat, list(own.shapes))
+    if route.places is not None:
+        everything = gathered.ordered(route.places)
+        sums = () if grads is None else tuple(x.new_zeros(x.shape, dtype=grads.flat.dtype) for x in everything)
+        yield Block(plan.tasks, everything, sums, 0)
+        if grads is not None:
+            grads.add_ordered(sums, route.places)
+        return
+    for step in range(plan.cp_size):
+        owner = (plan.rank - step) % plan.cp_size
+        tasks = plan.tasks_of(owner)
+        if len(tasks):
+            yield Block(tasks, gathered.of(owner), () if grads is None else grads.of(owner), owner)
+
+
+def _summed(route: Route, everyone: Tensor) -> Tensor:
+    """This rank's part of the sum over ranks, in rank order; the own share never leaves the accumulator's dtype."""
+    size, rank = everyone.shape[0], route.plan.rank
+    if route.wire is None:
+        total: Tensor = collectives.reduce_scatter(everyone, route.group_name).view(-1)
+        return total
+    parts = collectives.all_to_all(everyone.to(route.wire), [1] * size, [1] * size, route.group_name)
+    total = torch.zeros_like(everyone[0])
+    for source, part in enumerate(parts):
+        total += everyone[rank] if source == rank else part
+    return total
+
+
+_EXCHANGES: dict[str, type[Exchange]] = {
+    "none": NoExchange,
+    "ring": RingExchange,
+    "p2p": DirectExchange,
+    "all_gather": GatherExchange,
+}
+
+
+def get_exchange(name: str) -> Exchange:
+    """The exchange of this name.
+
+    Raises:
+        InvalidValueError: there is none.
+    """
+    if name not in _EXCHANGES:
+        raise InvalidValueError("unknown exchange", got=repr(name), fix=f"choose one of {', '.join(_EXCHANGES)}")
+    return _EXCHANGES[name]()
+
+
+def register_exchange(name: str, exchange: type[Exchange]) -> None:
+    """Make an exchange known by name."""
+    _EXCHANGES[name] = exchange

@@ -1,0 +1,159 @@
+"""A split of the heads around attention: all of Ulysses, and the inside of Ulysses x ring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cphandler.attention.call import AttentionCall
+from cphandler.attention.loop import AttentionResult
+from cphandler.attention.plans import Site
+from cphandler.comm.groups import CPGroup, TwoLevels
+from cphandler.errors import InvalidValueError
+from cphandler.sharding.heads import (
+    HeadSplit,
+    gather_heads,
+    gather_heads_scatter_seq,
+    gather_seq_scatter_heads,
+    repeat_heads,
+    slice_heads,
+)
+from cphandler.sharding.order import SequenceOrder
+from cphandler.sharding.shard import Stream, StreamPair, device_copy
+from cphandler.tokens.intervals import Table
+from cphandler.tracing import eager
+
+
+def check_heads(call: AttentionCall, size: int, who: str, way_out: str) -> None:
+    """Refuse query heads that do not divide.
+
+    Args:
+        call: the call.
+        size: ranks that share the heads.
+        who: what splits them.
+        way_out: what to use instead, after the sizes that would work.
+
+    Raises:
+        InvalidValueError: heads left over.
+    """
+    heads = call.q.shape[2]
+    if heads % size:
+        sizes = [number for number in range(1, heads + 1) if heads % number == 0]
+        raise InvalidValueError(
+            f"{who} splits the query heads evenly over the ranks",
+            got=f"{heads} heads over {size} ranks",
+            fix=way_out.format(sizes=", ".join(map(str, sizes))),
+        )
+
+
+@dataclass(frozen=True)
+class HeadParallel:
+    """Trades this rank's tokens of all heads for more tokens of its heads, and back.
+
+    Attributes:
+        group: the ranks that share the heads.
+        queries: order of the query rows of all these ranks.
+        keys: order of the key rows; the same object as ``queries`` where both are one stream.
+        pads: ``[L]`` bool, local query rows that hold no token.
+        replicated: every rank holds all tokens already; heads are sliced and gathered.
+    """
+
+    group: CPGroup
+    queries: SequenceOrder
+    keys: SequenceOrder
+    pads: Tensor
+    replicated: bool = False
+
+    def split(self, call: AttentionCall) -> HeadSplit:
+        """Which heads each rank computes."""
+        return HeadSplit.of(call.q.shape[2], call.k.shape[2], self.group.size)
+
+    def scatter(self, call: AttentionCall) -> AttentionCall:
+        """The call over this rank's heads of all the ranks' tokens."""
+        split, rank, name = self.split(call), self.group.rank, self.group.name
+        tensors, ranges = [call.q, call.k, call.v], [split.queries, split.keys, split.keys]
+        sinks = call.sinks
+        if self.replicated:
+            if sinks is not None:
+                sinks = slice_heads([sinks.view(1, 1, -1, 1)], [split.queries], rank, name)[0].reshape(-1)
+            q, k, v = slice_heads(tensors, ranges, rank, name)
+        else:
+            sinks = None if sinks is None else sinks[slice(*split.queries[rank])]
+            if self.queries is self.keys:
+                q, k, v = gather_seq_scatter_heads(tensors, ranges, self.queries, name)
+            else:
+                (q,) = gather_seq_scatter_heads(tensors[:1], ranges[:1], self.queries, name)
+                k, v = gather_seq_scatter_heads(tensors[1:], ranges[1:], self.keys, name)
+        first, repeats = call.first_head + split.queries[rank][0], tuple(split.repeats(rank))
+        if call.module is not None:  # knows even groups only
+            k, v, repeats = repeat_heads(k, repeats), repeat_heads(v, repeats), ()
+        return call.replaced(q, k, v, sinks=sinks, first_head=first, repeats=repeats)
+
+    def gather(self, call: AttentionCall, result: AttentionResult) -> AttentionResult:
+        """All heads of this rank's tokens, from a result over its heads of all the ranks' tokens."""
+        split = self.split(call)
+        whole = [result.out]
+        if call.return_lse and result.lse is not None:
+            whole.append(result.lse.unsqueeze(-1))
+        out, *rest = self._home(whole, split)
+        lse = rest[0].squeeze(-1).masked_fill(self.pads.view(1, -1, 1), float("-inf")) if rest else None
+        largest = None
+        if result.max_logit is not None:
+            largest = result.max_logit.new_full((call.q.shape[2],), float("-inf"))
+            largest[slice(*split.queries[self.group.rank])] = result.max_logit
+        return AttentionResult(out, lse, largest)
+
+    def _home(self, tensors: list[Tensor], split: HeadSplit) -> list[Tensor]:
+        if self.replicated:
+            return gather_heads(tensors, split.queries, self.group.name)
+        return gather_heads_scatter_seq(tensors, split.queries, self.queries, self.group.name)
+
+
+class InnerUnions:
+    """The rows that the A ranks of an inner group hold together, for an exchange between inner groups.
+
+    Args:
+        pair: the two streams; their layouts have stride 1.
+        levels: inner and outer groups.
+    """
+
+    def __init__(self, pair: StreamPair, levels: TwoLevels) -> None:
+        self._pair, self._levels = pair, levels
+        self._orders: dict[tuple[int, torch.device], SequenceOrder] = {}
+
+    def site(self, exchange: str) -> Site:
+        """Attention between the unions, over the outer group."""
+        outer, size = self._levels.outer, self._levels.inner.size
+        queries, keys = (stream.layout.merged(size) for stream in (self._pair.queries, self._pair.keys))
+        return Site(self._pair, (queries, keys), outer.rank, exchange if outer.size > 1 else "none", outer.name)
+
+    @eager
+    def heads(self, pads: Tensor) -> HeadParallel:
+        """The split of the heads inside; the same orders as those of the site's layouts.
+
+        Args:
+            pads: ``[L]`` bool, local query rows that hold no token.
+        """
+        queries, keys = (self._order(stream, pads.device) for stream in (self._pair.queries, self._pair.keys))
+        return HeadParallel(self._levels.inner, queries, keys, pads)
+
+    def _order(self, stream: Stream, device: torch.device) -> SequenceOrder:
+        key = id(stream), device
+        if key not in self._orders:
+            size = self._levels.inner.size
+            first = self._levels.outer.rank * size
+            held = np.concatenate([stream.layout.positions(rank) for rank in range(first, first + size)])
+            self._orders[key] = _ascending(held, device)
+        return self._orders[key]
+
+
+def _ascending(tokens: Table, device: torch.device) -> SequenceOrder:
+    """Rows of several ranks in ascending order of tokens, pad rows last and kept, so that all unions are level."""
+    places = np.argsort(np.where(tokens < 0, np.iinfo(np.int64).max, tokens), kind="stable")
+    inverse = np.empty_like(places)
+    inverse[places] = np.arange(len(places))
+    in_place = bool((np.diff(places) == 1).all())
+    return SequenceOrder(device_copy(places, device), device_copy(inverse, device), in_place)

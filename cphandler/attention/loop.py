@@ -1,0 +1,409 @@
+"""The one attention loop: exchange x kernel, forward and backward, each an opaque custom op.
+
+Ring, point-to-point and all-gather differ only in the exchange; Ulysses runs this loop without one. The plan enters the
+op as one int64 tensor, so that a compiled model sees data, not a new constant, in every batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cphandler.attention.exchange import Block, Route, get_exchange, rows_of
+from cphandler.kernels import Kernel, Softmax, Task, get_kernel
+from cphandler.kernels.dropout import Dropout, query_states
+from cphandler.kernels.kernel import Gradients, Saved
+from cphandler.plan.plan import Plan
+from cphandler.plan.tasks import OWNER
+from cphandler.precision import accumulator_dtype
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AttentionResult(NamedTuple):
+    """What ``core_attn`` returns when more than the output is asked for.
+
+    Attributes:
+        out: attention output in the query's format.
+        lse: natural log-sum-exp of the scaled scores, shape of ``out`` without its last dim, float32 (float64 for
+            float64); ``-inf`` where a row sees nothing. None unless asked for.
+        max_logit: ``[N]`` largest scaled score of each head over the group; None unless asked for.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    max_logit: Tensor | None
+
+
+class Indices(NamedTuple):
+    """Which tokens rows hold, for what the plan does not say; int64, on the rows' device.
+
+    Attributes:
+        places: ``[S]``: see :class:`Route`; None leaves gathered rows in rank order.
+        queries: ``[L]`` global token of each query row; None without dropout.
+        keys: ``[owners, M]`` global token of each owner's key rows; None without dropout.
+    """
+
+    places: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    def packed(self) -> tuple[Tensor | None, list[int]]:
+        """One tensor, None where there is nothing, and the lengths in it, -1 for what is missing."""
+        given = [x.flatten() for x in self if x is not None]
+        flat = torch.cat(given) if len(given) > 1 else given[0] if given else None
+        return flat, [-1 if x is None else len(x) for x in self]
+
+    @classmethod
+    def unpacked(cls, flat: Tensor | None, places: int, queries: int, owners: int) -> Indices:
+        """The indices that :meth:`packed` gave."""
+        if flat is None:
+            return cls()
+        in_front = max(0, places)
+        of_keys = flat[in_front + queries :]
+        return cls(
+            flat[:in_front] if places >= 0 else None,
+            flat[in_front : in_front + queries],
+            of_keys.view(owners, len(of_keys) // owners),
+        )
+
+
+NO_INDICES = Indices()
+
+
+class Packed(NamedTuple):
+    """Terms and indices as an operator's last arguments: few, since torch takes microseconds over each in each call."""
+
+    indices: Tensor | None
+    floats: list[float]
+    integers: list[int]
+    names: str
+
+
+class Terms(NamedTuple):
+    """Everything about one attention call that is no tensor.
+
+    Attributes:
+        scale: factor on the scores.
+        kernel: name of the kernel (not ``"auto"``).
+        exchange: how keys reach the queries: ``"none"``, ``"ring"``, ``"p2p"``, ``"all_gather"`` or a registered one.
+        group_name: the group to exchange in.
+        wire: dtype in which gradients of keys and values travel; empty is the accumulator's.
+        softcap: capped scores stay below this, above 0; 0 for none.
+        dropout_p: probability that a weight is dropped.
+        dropout_seed: the generator's seed.
+        layer: the layer's number, so that layers drop different weights.
+        first_head: number of the first query head in the whole model.
+        tokens: query and key tokens of one row of the batch, for positions that count through all rows.
+        repeats: how many consecutive query heads use each key head, where a split of the heads left them uneven; empty
+            where all have the same number.
+    """
+
+    scale: float
+    kernel: str
+    exchange: str = "none"
+    group_name: str = ""
+    wire: str = ""
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    dropout_seed: int = 0
+    layer: int = 0
+    first_head: int = 0
+    tokens: tuple[int, int] = (0, 0)
+    repeats: tuple[int, ...] = ()
+
+    def packed(self, indices: Indices = NO_INDICES) -> Packed:
+        """The terms and the indices as an operator's last arguments; what dropout alone asks for goes with it alone."""
+        flat, integers = indices.places, [*self.repeats]
+        if self.dropout_p:
+            flat, lengths = indices.packed()
+            integers = [*lengths, self.dropout_seed, self.layer, self.first_head, *self.tokens, *integers]
+        names = "\n".join((self.kernel, self.exchange, self.group_name, self.wire))
+        return Packed(flat, [self.scale, self.softcap, self.dropout_p], integers, names)
+
+    @classmethod
+    def unpacked(
+        cls, flat: Tensor | None, floats: list[float], integers: list[int], names: str
+    ) -> tuple[Terms, Indices]:
+        """What :meth:`packed` was given."""
+        scale, softcap, dropout_p = floats
+        kernel, exchange, group_name, wire = names.split("\n")
+        if not dropout_p:
+            terms = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=tuple(integers))
+            return terms, Indices(flat)
+        places, queries, owners, seed, layer, head, query_tokens, key_tokens, *repeats = integers
+        options, tokens = (softcap, dropout_p, seed, layer, head), (query_tokens, key_tokens)
+        terms = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(repeats))
+        return terms, Indices.unpacked(flat, places, queries, owners)
+
+    def route(self, plan: Tensor, places: Tensor | None) -> Route:
+        """What the exchange must know."""
+        wire = getattr(torch, self.wire) if self.wire else None
+        return Route(_unpacked_plan(plan), self.group_name, places, wire)
+
+
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Per packed plan, its version when it was unpacked, and the plan; gone with the tensor."""
+
+
+def _unpacked_plan(packed: Tensor) -> Plan:
+    """The plan in a tensor: unpacked once for all layers and passes, and again where the tensor was written to."""
+    if packed.is_inference():  # keeps no count of writes
+        return Plan.from_tensor(packed)
+    known: tuple[int, Plan] | None = _plans.get(packed)
+    if known is None or known[0] != packed._version:
+        known = packed._version, Plan.from_tensor(packed)
+        _plans[packed] = known
+    return known[1]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan | Tensor,
+    terms: Terms,
+    *,
+    sinks: Tensor | None = None,
+    indices: Indices = NO_INDICES,
+) -> tuple[Tensor, Tensor]:
+    """Attention of this rank's query rows over all keys that the plan says they see.
+
+    Args:
+        q: ``[B, L, N, D]``, any strides.
+        k: ``[B, M, G, D]``; query head n uses key head ``n // (N // G)``, or as ``terms.repeats`` says.
+        v: ``[B, M, G, D_v]``.
+        plan: this rank's plan, or the tensor it packs to.
+        terms: the rest.
+        sinks: ``[N]``: one more logit per head in every row's softmax, without a value.
+        indices: which tokens rows hold.
+
+    Returns:
+        ``out [B, L, N, D_v]`` in q's dtype, contiguous, zero where a row sees nothing; ``lse [B, L, N]`` in the
+        accumulator's dtype, ``-inf`` there. Both are differentiable; the gradient of the sinks is over these rows.
+    """
+    packed = plan.to_tensor() if isinstance(plan, Plan) else plan
+    out, lse = attention_forward(q, k, v, sinks, packed, *terms.packed(indices))
+    return out, lse
+
+
+def max_logit(q: Tensor, k: Tensor, plan: Tensor, terms: Terms, indices: Indices = NO_INDICES) -> Tensor:
+    """``[N]`` largest scaled score of each head over this rank's queries: the keys travel once more.
+
+    Args:
+        q: ``[B, L, N, D]``.
+        k: ``[B, M, G, D]``.
+        plan: this rank's plan, packed.
+        terms: scale, kernel, exchange and group count.
+        indices: the places count.
+    """
+    last = terms._replace(dropout_p=0.0).packed(indices)  # a score is the same whether its weight is dropped or not
+    result: Tensor = largest_scores(q.detach(), k.detach(), plan, *last)
+    return result
+
+
+def _tasks(block: Block) -> list[Task]:
+    return [Task(*row) for row in block.tasks[:, OWNER + 1 :].tolist()]
+
+
+def _per_head(x: Tensor, repeats: tuple[int, ...], *, zeros: bool = False) -> Tensor:
+    """``[B, M, G, D]`` with each key head as often as query heads use it; itself where all are used alike."""
+    if len(set(repeats)) <= 1:
+        return x
+    if zeros:
+        return x.new_zeros((*x.shape[:2], sum(repeats), x.shape[-1]))
+    return torch.cat([x[:, :, i : i + 1].expand(-1, -1, times, -1) for i, times in enumerate(repeats)], dim=2)
+
+
+def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats: tuple[int, ...]) -> None:
+    """Add the gradients of repeated heads to those of the heads they are copies of."""
+    if len(set(repeats)) <= 1:
+        return
+    for total, part in zip(totals, parts, strict=True):
+        for i, copies in enumerate(part.split(repeats, dim=2)):
+            total[:, :, i] += copies.sum(2)
+
+
+class _Weighting:
+    """How scores become weights, block by block."""
+
+    def __init__(self, terms: Terms, q: Tensor, indices: Indices) -> None:
+        self._plain = Softmax(terms.scale, terms.softcap or None)
+        self._p, self._keys = terms.dropout_p, None
+        _, queries, keys = indices
+        if terms.dropout_p and queries is not None and keys is not None:
+            per_row, keys_per_row = (max(1, count) for count in terms.tokens)
+            rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1) + queries // per_row
+            heads = torch.arange(terms.first_head, terms.first_head + q.shape[2], device=q.device)
+            self._states = query_states(terms.dropout_seed, terms.layer, rows, queries % per_row, heads)
+            self._keys = keys % keys_per_row
+
+    def of(self, block: Block) -> Softmax:
+        """For a block's keys."""
+        if self._keys is None:
+            return self._plain
+        keys = self._keys[block.owner]
+        if block.runs is not None:
+            keys = keys[rows_of(block.runs, keys.device)]
+        return self._plain._replace(dropout=Dropout(self._p, self._states, keys))
+
+
+def _without_autocast(operation: Callable[P, T]) -> Callable[P, T]:
+    """Autocast reaches into operators; dtypes are settled here, and scores must stay in the accumulator's."""
+
+    @wraps(operation)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        first: Any = args[0]
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):
+            return operation(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return operation(*args, **kwargs)
+
+    return run
+
+
+@torch.library.custom_op("cphandler::attention_forward", mutates_args=())
+@_without_autocast
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    plan: Tensor,
+    indices: Tensor | None,
+    floats: list[float],
+    integers: list[int],
+    names: str,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`attention`."""
+    terms, where = Terms.unpacked(indices, floats, integers, names)
+    accumulator = accumulator_dtype(q.dtype)
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=accumulator)
+    lse = q.new_full(q.shape[:-1], float("-inf"), dtype=accumulator)
+    compute, weighting = get_kernel(terms.kernel, q.device.type), _Weighting(terms, q, where)
+    for block in get_exchange(terms.exchange).forward(terms.route(plan, where.places), (k, v)):
+        block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
+        compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
+        del block, block_keys, block_values  # before the exchange makes room for the next one
+    if sinks is not None:
+        lse = _absorb_sinks(out, lse, sinks.to(accumulator))
+    return out.to(q.dtype), lse
+
+
+def _absorb_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Widen each row's softmax by its head's sink: scales ``out`` in place, returns the new log-sum-exp.
+
+    A row that sees nothing keeps ``-inf`` and 0: padding stays padding.
+    """
+    seen = lse > float("-inf")
+    merged = torch.where(seen, torch.logaddexp(lse, sinks.expand_as(lse)), lse)
+    out.mul_(torch.where(seen, torch.exp(lse - merged), 0.0).unsqueeze(-1))
+    return merged
+
+
+def _sink_gradient(sinks: Tensor, saved: Saved) -> Tensor:
+    """``[N]``: the sink's weight has no value, so that what it takes from a row's other weights is all it changes."""
+    dtype = saved.lse.dtype
+    change = -(saved.out.to(dtype) * saved.grad_out.to(dtype)).sum(-1)
+    if saved.grad_lse is not None:
+        change = change + saved.grad_lse
+    seen = saved.lse > float("-inf")
+    weights = torch.exp(torch.where(seen, sinks.to(dtype) - saved.lse, float("-inf")))
+    return (weights * torch.where(seen, change, 0.0)).sum((0, 1)).to(sinks.dtype)
+
+
+@torch.library.custom_op("cphandler::attention_backward", mutates_args=())
+@_without_autocast
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    plan: Tensor,
+    indices: Tensor | None,
+    floats: list[float],
+    integers: list[int],
+    names: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
+    terms, where = Terms.unpacked(indices, floats, integers, names)
+    accumulator = accumulator_dtype(q.dtype)
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator) for x in (q, k, v))
+    compute: Kernel = get_kernel(terms.kernel, q.device.type)
+    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(terms, q, where)
+    for block in get_exchange(terms.exchange).backward(terms.route(plan, where.places), (k, v), (dk, dv)):
+        block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
+        grads = Gradients(dq, *(_per_head(x, terms.repeats, zeros=True) for x in block.grads))
+        compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
+        _add_per_head(block.grads, (grads.dk, grads.dv), terms.repeats)
+        del block, block_keys, block_values, grads  # before the exchange makes room for the next one
+    dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, saved)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+
+
+@torch.library.custom_op("cphandler::largest_scores", mutates_args=())
+@_without_autocast
+def largest_scores(
+    q: Tensor,
+    k: Tensor,
+    plan: Tensor,
+    indices: Tensor | None,
+    floats: list[float],
+    integers: list[int],
+    names: str,
+) -> Tensor:
+    """See :func:`max_logit`."""
+    terms, where = Terms.unpacked(indices, floats, integers, names)
+    result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
+    compute = get_kernel(terms.kernel, q.device.type)
+    for block in get_exchange(terms.exchange).forward(terms.route(plan, where.places), (k,)):
+        compute.max_logit(q, _per_head(block.rows[0], terms.repeats), _tasks(block), terms.scale, result)
+        del block
+    return result
+
+
+@attention_forward.register_fake
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
+
+
+@attention_backward.register_fake
+def _fake_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+@largest_scores.register_fake
+def _fake_largest(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty((q.shape[2],), dtype=accumulator_dtype(q.dtype))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sinks, plan, indices, *ctx.terms = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, sinks, *output, plan, indices)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, sinks, out, *rest = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, dsinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.terms)
+    return (dq, dk, dv, None if sinks is None else dsinks, *[None] * 5)
+
+
+attention_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,1 @@
+"""Communication: collectives, groups, and the check that all ranks hold one batch."""

@@ -1,0 +1,196 @@
+"""The context-parallel group behind what a caller may pass for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from cphandler.comm.collectives import device_of, maximum, sub_group_name
+from cphandler.errors import InvalidTypeError, InvalidValueError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@runtime_checkable
+class GroupLike(Protocol):
+    """Anything with a size and a rank: enough for layouts, positions and plans, not for communication."""
+
+    def size(self) -> int:
+        """Ranks in the group."""
+
+    def rank(self) -> int:
+        """This process's rank in it."""
+
+
+GroupSource: TypeAlias = "dist.ProcessGroup | DeviceMesh | GroupLike | None"
+"""What ``cp_group=`` takes; a 2-D mesh is (outer, inner) and serves only ``a2a+p2p``."""
+
+
+@dataclass(frozen=True)
+class CPGroup:
+    """One context-parallel group.
+
+    Attributes:
+        size: ranks in the group (P).
+        rank: this process's rank in it.
+        name: the name under which torch finds the process group; empty where there is none.
+        source: what the caller passed.
+        degree: size of the inner dim of a 2-D mesh; None for anything else.
+    """
+
+    size: int
+    rank: int
+    name: str
+    source: Any
+    degree: int | None = None
+
+
+@dataclass(frozen=True)
+class TwoLevels:
+    """A group of P * A ranks as A neighbours inside and P apart outside: rank ``p * A + a``.
+
+    Attributes:
+        outer: the P ranks with this one's ``a``; this rank is ``p`` in it.
+        inner: the A ranks with this one's ``p``; this rank is ``a`` in it.
+    """
+
+    outer: CPGroup
+    inner: CPGroup
+
+
+def resolve_group(cp_group: GroupSource, *, two_level: bool = False) -> CPGroup:
+    """Size, rank and name of a group, a device mesh, or None for one rank.
+
+    Args:
+        cp_group: a process group, a 1-D mesh, something with a size and a rank, or None.
+        two_level: also take a 2-D (outer, inner) mesh, as the group of all its ranks.
+
+    Raises:
+        InvalidTypeError: something else.
+        InvalidValueError: this process is not in the group, the group was destroyed, or a mesh of several dims.
+    """
+    if cp_group is None:
+        return CPGroup(1, 0, "", None)
+    source: Any = cp_group
+    if hasattr(source, "get_group") and hasattr(source, "mesh_dim_names"):
+        if two_level and source.ndim == 2:
+            return replace(_resolve_process_group(_flat_group(source)), degree=source.size(1))
+        if source.ndim != 1:
+            raise InvalidValueError(
+                "this backend takes a 1-D device mesh",
+                got=f"{source.ndim} dims",
+                fix='pass mesh["cp"]; only a2a+p2p and a2a+ring take a 2-D (outer, inner) mesh',
+            )
+        source = source.get_group()
+    if isinstance(source, dist.ProcessGroup):
+        return _resolve_process_group(source)
+    if source is dist.GroupMember.NON_GROUP_MEMBER:
+        raise _not_a_member()
+    if isinstance(source, GroupLike):
+        return CPGroup(source.size(), source.rank(), "", source)
+    raise InvalidTypeError("cp_group must be a ProcessGroup, a DeviceMesh or None", got=type(cp_group).__name__)
+
+
+def _resolve_process_group(group: dist.ProcessGroup) -> CPGroup:
+    try:
+        rank = dist.get_rank(group)
+        size = dist.get_world_size(group)
+        name = str(group.group_name)
+        dist.get_process_group_ranks(group)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InvalidValueError(
+            "cp_group was destroyed, or belongs to another init_process_group",
+            fix="make the group again and pass the new one",
+        ) from error
+    if rank < 0:
+        raise _not_a_member()
+    return CPGroup(size, rank, name, group)
+
+
+_flat_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+"""Per outer group of 2-D meshes, the group of all ranks of each mesh."""
+
+
+def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a 2-D mesh, made once, by those ranks alone."""
+    made, ranks = _flat_groups.setdefault(mesh.get_group(0), {}), mesh.mesh.flatten().tolist()
+    if tuple(ranks) not in made:
+        if ranks != sorted(ranks):
+            raise InvalidValueError(
+                "a 2-D (outer, inner) mesh must count its ranks upwards, row by row",
+                got=ranks,
+                fix="let the last mesh dim be the inner one; groups number their ranks in ascending order",
+            )
+        made[tuple(ranks)] = _group_of(ranks, [mesh.get_group(dim) for dim in (0, 1)])
+    return made[tuple(ranks)]
+
+
+def _group_of(ranks: list[int], dims: list[dist.ProcessGroup]) -> dist.ProcessGroup:
+    """A group of a mesh's ranks: everybody's own where the mesh has them all, else one that only its members make.
+
+    torch names such a group after the number of groups that the process already has, so that members who have other
+    numbers of them would wait for each other forever.
+    """
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD  # type: ignore[return-value]
+    made = len(dist.distributed_c10d._world.pg_names)
+    extremes = torch.tensor([made, -made], device=device_of(dims[0]))
+    for dim in dims:  # one after the other: over all ranks of the mesh
+        extremes = maximum(extremes, str(dim.group_name))
+    most, least = int(extremes[0]), -int(extremes[1])
+    if most != least:
+        raise InvalidValueError(
+            "the ranks of a 2-D mesh that belong to other numbers of process groups cannot make one together",
+            got=f"{least} to {most} groups a rank",
+            fix="pass the group of all the mesh's ranks and CPConfig(ulysses_degree=...)",
+        )
+    group: dist.ProcessGroup = dist.new_group(
+        ranks, backend=dist.get_backend_config(dims[0]), use_local_synchronization=True
+    )
+    return group
+
+
+def two_levels(group: CPGroup, degree: int | None) -> TwoLevels:
+    """Inner groups of consecutive ranks, outer groups across them; nothing is made, messages go through the group.
+
+    Args:
+        group: a resolved group.
+        degree: ranks A of an inner group; None takes the mesh's, or the smallest divisor of the size that is at least
+            its square root: 2 of 4, 4 of 8, 4 of 16.
+
+    Raises:
+        InvalidValueError: a degree that does not divide the group, or is not the mesh's.
+    """
+    if group.degree is not None and degree not in (None, group.degree):
+        raise InvalidValueError(
+            "ulysses_degree is not the size of the mesh's inner dim",
+            got=f"{degree} and {group.degree}",
+            fix="leave CPConfig.ulysses_degree None with a 2-D mesh",
+        )
+    divisors = [number for number in range(1, group.size + 1) if group.size % number == 0]
+    if degree is None:
+        degree = group.degree or next(number for number in divisors if number * number >= group.size)
+    if degree not in divisors:
+        raise InvalidValueError(
+            "ulysses_degree must divide the context-parallel group",
+            got=f"{degree} for {group.size} ranks",
+            fix=f"CPConfig.ulysses_degree may be {', '.join(map(str, divisors))}",
+        )
+    p, a = divmod(group.rank, degree)
+    inner, outer = range(p * degree, (p + 1) * degree), range(a, group.size, degree)
+    return TwoLevels(
+        CPGroup(len(outer), p, sub_group_name(group.name, outer), None),
+        CPGroup(degree, a, sub_group_name(group.name, inner), None),
+    )
+
+
+def _not_a_member() -> InvalidValueError:
+    return InvalidValueError(
+        "this process is not in cp_group",
+        fix="pass the group that contains this rank; new_group returns a usable one only to its members",
+    )

@@ -1,0 +1,1 @@
+"""Handlers: the contract, the class that derives it from a layout, capabilities, and classes by name."""

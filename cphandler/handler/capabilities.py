@@ -1,0 +1,107 @@
+"""What a handler class can do: one table per class, behind its checks, the documentation and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cphandler.errors import UnsupportedError
+from cphandler.layouts.layout import Layout
+
+FEATURES: dict[str, str] = {
+    "softmax_scale": "a factor on the scores",
+    "softcap": "capped scores",
+    "sinks": "attention sinks",
+    "dropout": "attention dropout",
+    "return_lse": "return_lse",
+    "return_max_logit": "return_max_logit",
+    "value_head_dim": "values of another head dim than queries",
+    "key_padding_mask": "key_padding_mask",
+    "cross_attention": "cross attention",
+    "own_attention": "a callable attn_mod",
+    "gradient_wire_dtype": "CPConfig.gradient_wire_dtype",
+    "ulysses_degree": "CPConfig.ulysses_degree",
+}
+"""Features by name, each as an error calls it."""
+
+_INSTEAD: dict[str, str] = {
+    "own_attention": "pass attn_mod=None or a CoreAttention, or use the ulysses backend, which has whole documents",
+    "gradient_wire_dtype": "leave it None, or use the p2p or all_gather backend, where each gradient travels once",
+    "ulysses_degree": "leave it None, or use the usp backend",
+}
+
+LAYOUTS = ("zigzag", "contiguous", "striped", "balanced", "replicated")
+FORMATS = ("sbhd", "bshd", "thd")
+
+COMMON = frozenset(FEATURES) - {"own_attention", "gradient_wire_dtype", "ulysses_degree"}
+"""What the attention loop of the library computes, whatever moves the keys."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a handler class serves. Masks need no column: every mask is bands, and bands are all alike.
+
+    Attributes:
+        layouts: names of layouts; those that callers build are tried wherever their spans have one stride.
+        formats: values of ``qkv_format``.
+        features: names out of :data:`FEATURES`.
+        instead: the way out where a feature is missing, by name.
+    """
+
+    layouts: tuple[str, ...] = ("zigzag", "contiguous", "striped", "balanced")
+    formats: tuple[str, ...] = FORMATS
+    features: frozenset[str] = COMMON
+    instead: Mapping[str, str] | None = None
+
+    def require(self, who: str, *features: str) -> None:
+        """Refuse features that are missing.
+
+        Args:
+            who: the class's name.
+            features: names out of :data:`FEATURES`.
+
+        Raises:
+            UnsupportedError: the first one that is missing, and what serves it.
+        """
+        for feature in features:
+            if feature not in self.features:
+                way_out = {**_INSTEAD, **(self.instead or {})}.get(feature, "leave it out")
+                raise UnsupportedError(f"{who} does not serve {FEATURES[feature]}", fix=way_out)
+
+    def require_format(self, who: str, qkv_format: str) -> None:
+        """Refuse a format.
+
+        Raises:
+            UnsupportedError: one that is not served.
+        """
+        if qkv_format not in self.formats:
+            raise UnsupportedError(
+                f"{who} does not serve qkv_format {qkv_format!r}", fix=f"use one of {', '.join(self.formats)}"
+            )
+
+    @staticmethod
+    def require_stride_one(who: str, *layouts: Layout) -> None:
+        """Refuse layouts whose spans interleave, which callers may have built.
+
+        Raises:
+            UnsupportedError: a span of another stride than 1.
+        """
+        for layout in layouts:
+            if layout.strides - {1}:
+                raise UnsupportedError(
+                    f"{who} needs layouts of stride 1",
+                    got=repr(layout),
+                    fix="use zigzag, contiguous or balanced, or the ring backend",
+                )
+
+    def require_layout(self, who: str, layout: str) -> None:
+        """Refuse a layout by name.
+
+        Raises:
+            UnsupportedError: one that is not served.
+        """
+        if layout not in self.layouts:
+            raise UnsupportedError(
+                f"{who} does not serve the {layout!r} layout",
+                fix="use the ulysses backend" if layout == "replicated" else f"use one of {', '.join(self.layouts)}",
+            )

@@ -1,0 +1,454 @@
+"""The contract: what a training loop and a model may ask of context parallelism."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from cphandler.attention.options import OptionalArguments
+from cphandler.comm.collectives import device_of
+from cphandler.comm.groups import GroupSource, resolve_group
+from cphandler.config import CPConfig
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.layouts.layout import Layout
+from cphandler.layouts.placement import Placing
+from cphandler.sharding.dispatch import GradMode
+from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
+from cphandler.sharding.shard import Fragments
+from cphandler.tokens.documents import Offsets
+from cphandler.tokens.masks import Mask, make_mask
+from cphandler.tokens.metadata import dense_streams, packed_streams
+from cphandler.tracing import eager
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
+"""Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
+
+LayoutSource: TypeAlias = "Placing | tuple[Placing, Placing] | None"
+"""What ``layout=`` takes; a pair is for the query and the key stream of cross attention."""
+
+FreqsMode: TypeAlias = Literal["per_document", "packed"]
+"""Whether a rope table counts positions from each document's start, or has one row per packed token."""
+
+
+class ContextParallelHandler(ABC):
+    """One batch under context parallelism; the object a training loop makes and a model uses.
+
+    L is the number of local rows, S (or T) of global tokens, N of query heads, D the head dim.
+
+    Args:
+        cp_group: the ranks that share each sequence: a process group, a 1-D device mesh, or None for one rank. A class
+            of two levels (:attr:`two_level`: ``a2a+p2p``, ``a2a+ring``, lists with one of them) also takes the 2-D
+            (outer, inner) device mesh of its two groups.
+        qkv_format: ``"sbhd"``, ``"bshd"`` or ``"thd"``.
+        cu_seqlens_q: ``thd``: ``[D + 1]`` offsets of the valid tokens, global, before any split over ranks.
+        cu_seqlens_kv: the same for the keys of cross attention, document i of the queries with document i of the keys;
+            None, or the same offsets, for self attention.
+        cu_seqlens_q_padded: ``thd``: physical offsets where documents are padded at their ends; tensors then have that
+            length.
+        cu_seqlens_kv_padded: the same for keys.
+        max_seqlen_q: dense formats: the global sequence length S, required. ``thd``: at least the longest physical
+            document, which is the default.
+        max_seqlen_kv: the same for keys; dense formats: another length means cross attention.
+        key_padding_mask: dense formats: ``[B, S]`` bool over the keys, True for a real token; left padding, right
+            padding and holes are all exact. In self attention it says which queries are real too.
+        cross_attention: True makes a key stream even where its documents are as long as the queries'; None leaves it to
+            the lengths, False refuses others.
+        local_cp_size: dynamic context parallelism: how many ranks this batch uses; must be the size of ``cp_group``.
+        mask: ``"causal"``, ``"full"`` or a :class:`Mask`.
+        layout: a name (``"zigzag"``, ``"contiguous"``, ``"striped"``, ``"balanced"``, ``"replicated"``), a
+            :class:`Balanced` mix of masks, a :class:`Layout`, or None for the class's default; a pair of them for the
+            two streams of cross attention.
+        config: settings that do not change from batch to batch.
+
+    Raises:
+        InvalidTypeError: arguments of a wrong type or dtype.
+        InvalidValueError: arguments that contradict each other or the group.
+        UnsupportedError: what this class cannot do, naming what can.
+    """
+
+    comm_type: ClassVar[str] = "none"
+    """How this class communicates: ``"none"``, ``"a2a"``, ``"ring"``, ``"all_gather"``, ..."""
+
+    two_level: ClassVar[bool] = False
+    """Whether a 2-D (outer, inner) device mesh may be given as the group."""
+
+    def __init__(
+        self,
+        *,
+        cp_group: GroupSource = None,
+        qkv_format: Format = "sbhd",
+        cu_seqlens_q: Offsets | None = None,
+        cu_seqlens_kv: Offsets | None = None,
+        cu_seqlens_q_padded: Offsets | None = None,
+        cu_seqlens_kv_padded: Offsets | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
+        key_padding_mask: Tensor | None = None,
+        cross_attention: bool | None = None,
+        local_cp_size: int | None = None,
+        mask: str | Mask = "causal",
+        layout: LayoutSource = None,
+        config: CPConfig | None = None,
+    ) -> None:
+        self.config = CPConfig() if config is None else config
+        if not isinstance(self.config, CPConfig):
+            raise InvalidTypeError("config must be a CPConfig", got=type(config).__name__)
+        if qkv_format not in ("sbhd", "bshd", "thd"):
+            raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
+        self.qkv_format: Format = qkv_format
+        self._group = resolve_group(cp_group, two_level=self.two_level)
+        self._check_local_cp_size(local_cp_size)
+        self._mask = make_mask(mask)
+        offsets = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_kv": cu_seqlens_kv,
+            "cu_seqlens_q_padded": cu_seqlens_q_padded,
+            "cu_seqlens_kv_padded": cu_seqlens_kv_padded,
+        }
+        lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_kv": max_seqlen_kv}
+        if qkv_format == "thd":
+            queries, keys = packed_streams(offsets, lengths, key_padding_mask, cross=cross_attention)
+        else:
+            queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask, cross=cross_attention)
+        self.documents, self.padded_rows, self.max_seqlen_q = queries
+        self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv = keys
+        self.device = self._device(cu_seqlens_q, key_padding_mask)
+        self.prepare(layout)
+
+    def prepare(self, layout: LayoutSource) -> None:
+        """Build what follows from the checked metadata; called once, at the end of construction.
+
+        Args:
+            layout: what the caller asked for. A class that brings its own layout refuses it.
+        """
+        if layout is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__} brings its own layout", got=repr(layout), fix="pass layout=None"
+            )
+
+    def _check_local_cp_size(self, local_cp_size: int | None) -> None:
+        if local_cp_size is not None and local_cp_size != self.cp_size:
+            raise InvalidValueError(
+                "local_cp_size must be the size of cp_group",
+                got=f"{local_cp_size} with a group of {self.cp_size}",
+                fix="pass the group this batch uses; cp_group=None for local_cp_size=1",
+            )
+
+    def _device(self, *metadata: object) -> torch.device:
+        """Where facts such as ``position_ids`` live: with the metadata, else where the group communicates."""
+        for value in metadata:
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                return value.device
+        on_host = not self._group.name or "cpu" in str(device_of(self._group.source))
+        return torch.device("cpu") if on_host else device_of(self._group.source)
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share each sequence."""
+        return self._group.size
+
+    @property
+    def cp_rank(self) -> int:
+        """This process's rank among them."""
+        return self._group.rank
+
+    @property
+    def group(self) -> Any:
+        """The process group; None with one rank and no group."""
+        return self._group.source
+
+    @property
+    def mask(self) -> Mask:
+        """Who sees whom, unless a call says otherwise."""
+        return self._mask
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank holds which tokens; a class that leaves this to its engine has none to show."""
+        raise UnsupportedError(f"{type(self).__name__} does not show its layout")
+
+    @property
+    def is_cross_attention(self) -> bool:
+        """Whether keys are a stream of their own."""
+        return self.kv_documents is not self.documents
+
+    @property
+    def seq_dim(self) -> int:
+        """The sequence dim of queries, keys and values in ``qkv_format``."""
+        return 1 if self.qkv_format == "bshd" else 0
+
+    @property
+    @abstractmethod
+    def position_ids(self) -> Tensor:
+        """``[L]`` int64 position of each local row in its document; for a dense batch, in every row of it."""
+
+    @property
+    @abstractmethod
+    def valid_mask(self) -> Tensor:
+        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a local row holds a real token."""
+
+    @property
+    @abstractmethod
+    def num_local_tokens(self) -> int:
+        """Physical rows L this rank holds."""
+
+    @property
+    def sequence_sharded(self) -> bool:
+        """True where ranks hold different tokens."""
+        return self.cp_size > 1
+
+    @property
+    def effective_cp_size(self) -> int:
+        """How many parts the tokens are in: what losses and gradients are scaled by."""
+        return self.cp_size if self.sequence_sharded else 1
+
+    def agree(self, call: str, error: Exception | None = None) -> None:
+        """Check that all ranks of the group hold this batch; nothing to do for a class that leaves it to its engine.
+
+        Args:
+            call: what this rank is about to do, in words that must be the same on all ranks.
+            error: what this rank is about to raise; it then only tells the others.
+        """
+        del call, error
+
+    @abstractmethod
+    def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
+        """This rank's rows of a global tensor that is the same on every rank.
+
+        Args:
+            tensor: ``[..., S, ...]``, any dtype and strides.
+            seq_dim: dim of the sequence; negative counts from the end.
+            pad_value: what a pad row holds.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
+
+        Returns:
+            ``[..., L, ...]``; with one rank the argument itself. The backward pass gives every rank the full gradient.
+
+        Raises:
+            InvalidTypeError: not a tensor first and an int second.
+            InvalidValueError: the dim does not exist or is not S long.
+        """
+
+    @abstractmethod
+    def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
+        """All ranks' rows in global order, bit for bit: ``combine(dispatch(x)) == x``.
+
+        Args:
+            tensor: ``[..., L, ...]``, any dtype and strides.
+            seq_dim: dim of the sequence.
+            grad: what the incoming gradient means. ``"replicated"``: all ranks compute the same loss; this rank's
+                slice. ``"sum"``: each rank computes its own part; a reduce-scatter. ``"scaled"``: the slice times
+                ``cp_size``.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
+
+        Returns:
+            ``[..., S, ...]`` on every rank; with one rank the argument itself.
+
+        Raises:
+            InvalidTypeError: not a tensor first and an int second.
+            InvalidValueError: the dim does not exist or is not L long, or an unknown ``grad``.
+        """
+
+    @abstractmethod
+    def roll_tensor(
+        self,
+        tensor: Tensor | None,
+        shifts: int = -1,
+        dims: int = -1,
+        *,
+        fill_value: float = 0,
+        return_sum: bool = True,
+        stream: str = "q",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Shift a local tensor along the sequence inside each document, across ranks.
+
+        Token t gets the value of token ``t - shifts`` where both are real tokens of one document, else ``fill_value``.
+        With documents ``[1, 2, 3 | 4, 5]`` and ``shifts=-1`` the result is ``[2, 3, 0 | 5, 0]``, whatever the layout.
+
+        Args:
+            tensor: ``[..., L, ...]``, any dtype; None gives ``(None, None)``. With a key-padding mask the sequence and
+                the batch are the first two dims, in either order.
+            shifts: tokens to shift by; negative moves later tokens forward, as labels want it.
+            dims: dim of the sequence.
+            fill_value: what rows hold that no token reaches.
+            return_sum: also return the sum of the rolled tensor.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
+
+        Returns:
+            The rolled tensor and its sum over this rank's rows (None without ``return_sum``). Differentiable.
+        """
+
+    @abstractmethod
+    def core_attn(
+        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
+    ) -> Any:
+        """Attention of this rank's queries over every key its mask lets them see, wherever it lives.
+
+        Args:
+            attn_mod: None for the built-in kernels, a :class:`CoreAttention`, or, where the algorithm has whole
+                documents to give it, a callable (see :class:`AttentionModule`).
+            query: ``[L, B, N, D]``, ``[B, L, N, D]`` or ``[L, N, D]``, by ``qkv_format``.
+            key: the same with G heads; N divisible by G.
+            value: the same with G heads and head dim D_v.
+            options: see :class:`AttentionOptions`.
+
+        Returns:
+            ``[..., N, D_v]`` in the query's format and dtype, zero where a row sees nothing; an
+            :class:`AttentionResult` of it when ``return_lse`` or ``return_max_logit`` is asked for.
+        """
+
+    @abstractmethod
+    def rope(
+        self,
+        tensor: Tensor,
+        freqs: Freqs,
+        *,
+        interleaved: bool = False,
+        mscale: float = 1.0,
+        inverse: bool = False,
+        stream: str = "q",
+    ) -> Tensor:
+        """Rotate local rows by local rows of a rope table; commutes with :meth:`dispatch`.
+
+        Args:
+            tensor: queries or keys in ``qkv_format``.
+            freqs: angles in radians, ``[L, R]`` or ``[L, 1, 1, R]`` with R the whole rotary dim, or a pair (cos, sin),
+                from :meth:`get_emb_on_this_cp_rank`. Channels from R on pass through.
+            interleaved: channels are paired (0, 1), (2, 3), ... instead of (i, i + R / 2).
+            mscale: factor on cos and sin.
+            inverse: undo the rotation.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
+
+        Raises:
+            InvalidValueError: freqs of another length than L, or a rotary dim that does not fit.
+        """
+
+    def apply_rotary_pos_emb(self, tensor: Tensor, freqs: Freqs, config: Any = None, *, stream: str = "q") -> Tensor:
+        """:meth:`rope` with the settings of a Megatron-style config.
+
+        Args:
+            tensor: queries or keys in ``qkv_format``.
+            freqs: local rows of the rope table.
+            config: read for ``rotary_interleaved``, ``multi_latent_attention`` (channels are first taken apart into
+                even and odd ones) and YaRN's scale; None for the defaults.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
+        """
+        if getattr(config, "multi_latent_attention", False):
+            table = freqs[0] if isinstance(freqs, tuple) else freqs
+            tensor = deinterleaved(tensor, table.shape[-1])
+        interleaved = bool(getattr(config, "rotary_interleaved", False))
+        return self.rope(tensor, freqs, interleaved=interleaved, mscale=yarn_scale(config), stream=stream)
+
+    @eager
+    def get_rotary_seq_len(self, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> int:
+        """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank."""
+        check_stream(stream)
+        if freqs_mode not in ("per_document", "packed"):
+            raise InvalidValueError("unknown freqs_mode", got=repr(freqs_mode), fix="choose per_document or packed")
+        documents = self.documents if stream == "q" else self.kv_documents
+        return documents.num_tokens if freqs_mode == "packed" else documents.max_length
+
+    def get_emb_on_this_cp_rank(self, emb: Freqs, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> Any:
+        """The rows of a rope table that belong to this rank's tokens.
+
+        Args:
+            emb: a table of at least :meth:`get_rotary_seq_len` rows, ``[rows, R]`` or ``[rows, 1, 1, R]``, or a pair
+                (cos, sin).
+            freqs_mode: ``"per_document"``, rows count from each document's start; ``"packed"``, one per packed token.
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
+
+        Returns:
+            ``L`` rows in the shape of ``emb``; a pair for a pair.
+
+        Raises:
+            InvalidValueError: a table that is too short.
+        """
+        needed = self.get_rotary_seq_len(freqs_mode=freqs_mode, stream=stream)
+        tables = emb if isinstance(emb, tuple) else (emb,)
+        for part in tables:
+            if not isinstance(part, Tensor):
+                raise InvalidTypeError("the rope table must be a tensor or a pair (cos, sin)", got=type(part).__name__)
+            if flat_table(part, "the rope table").shape[0] < needed:
+                raise InvalidValueError(
+                    "the rope table is too short",
+                    got=f"{part.shape[0]} rows, {needed} needed",
+                    fix=f"build it with get_rotary_seq_len(freqs_mode={freqs_mode!r}) rows",
+                )
+        local = [part.index_select(0, self._table_rows(freqs_mode, part.device, stream)) for part in tables]
+        return tuple(local) if isinstance(emb, tuple) else local[0]
+
+    def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
+        """``[L]`` row of the rope table for each local row; a handler with ``"packed"`` tables overrides this."""
+        if freqs_mode == "packed":
+            raise UnsupportedError(
+                f"{type(self).__name__} has no packed rope tables", fix="use freqs_mode='per_document'"
+            )
+        return (self.position_ids if stream == "q" else self.kv_position_ids).to(device)
+
+    @property
+    def fragments(self) -> Fragments:
+        """The runs of one document each that this rank holds."""
+        raise UnsupportedError(f"{type(self).__name__} does not list its fragments")
+
+    @property
+    def kv_layout(self) -> Layout:
+        """The key stream's :attr:`layout`; the query stream's in self attention."""
+        return self.layout
+
+    @property
+    def kv_position_ids(self) -> Tensor:
+        """The key stream's :attr:`position_ids`."""
+        return self.position_ids
+
+    @property
+    def kv_valid_mask(self) -> Tensor:
+        """The key stream's :attr:`valid_mask`."""
+        return self.valid_mask
+
+    @property
+    def kv_num_local_tokens(self) -> int:
+        """The key stream's :attr:`num_local_tokens`."""
+        return self.num_local_tokens
+
+    @property
+    def kv_fragments(self) -> Fragments:
+        """The key stream's :attr:`fragments`."""
+        return self.fragments
+
+    def explain_length(self, got: int, expected: int, stream: str = "q") -> str:
+        """What a wrong sequence length probably means: a local tensor or local metadata where global ones belong.
+
+        Args:
+            got: rows that were found.
+            expected: rows that should be there, local or global.
+            stream: which stream's.
+        """
+        documents = self.documents if stream == "q" else self.kv_documents
+        local = self.num_local_tokens if stream == "q" else self.kv_num_local_tokens
+        length = documents.num_tokens
+        metadata = f"cu_seqlens_{stream}" if self.qkv_format == "thd" else f"max_seqlen_{stream}"
+        looks_local = f"{metadata} must be global, taken before the split over ranks"
+        if expected == length and got == local:
+            return "this is the length of a rank's own rows: the tensor was already dispatched"
+        if expected == local and got == length:
+            return f"this is the global length: dispatch the tensor first; if it is this rank's part, {looks_local}"
+        if expected == length and self.cp_size > 1 and -(-got // self.cp_size) == length:
+            return f"{looks_local}; it looks local"
+        return f"{metadata} says that the sequence has {length} tokens, {local} on each rank; {looks_local}"
+
+
+def check_stream(stream: str) -> None:
+    """Refuse what names no stream.
+
+    Raises:
+        InvalidValueError: neither ``"q"`` nor ``"kv"``.
+    """
+    if stream not in ("q", "kv"):
+        raise InvalidValueError("unknown stream", got=repr(stream), fix="use 'q' or 'kv'")

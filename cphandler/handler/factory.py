@@ -1,0 +1,175 @@
+"""Backends by name: which class serves ``(backend, cp_comm_type)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError
+from cphandler.handler.contract import ContextParallelHandler
+
+ENTRY_POINTS = "cphandler.backends"
+"""Entry-point group of third-party backends; a name is ``backend`` or ``backend:cp_comm_type``."""
+
+_HANDLERS: dict[tuple[str, str | None], str] = {
+    ("local", None): "cphandler.backends.local:LocalHandler",
+    ("local", "a2a"): "cphandler.backends.ulysses:UlyssesHandler",
+    ("local", "ring"): "cphandler.backends.ring:RingHandler",
+    ("local", "p2p"): "cphandler.backends.p2p:P2PHandler",
+    ("local", "all_gather"): "cphandler.backends.all_gather:AllGatherHandler",
+    ("local", "a2a+p2p"): "cphandler.backends.usp:USPHandler",
+    ("local", "a2a+ring"): "cphandler.backends.usp:USPRingHandler",
+}
+
+_BACKEND_ALIASES = {"torch": "local"}
+_COMM_ALIASES = {"ulysses": "a2a", "allgather": "all_gather", "usp": "a2a+p2p"}
+_SHORT = {
+    "ulysses": "a2a",
+    "ring": "ring",
+    "p2p": "p2p",
+    "all_gather": "all_gather",
+    "allgather": "all_gather",
+    "usp": "a2a+p2p",
+    "a2a": "a2a",
+    "a2a+p2p": "a2a+p2p",
+    "a2a+ring": "a2a+ring",
+}
+"""Comm types that may stand alone for the local backend with that comm type."""
+
+
+def _normal(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
+
+
+def _key(backend: str, cp_comm_type: str | None) -> tuple[str, str | None]:
+    """The table key for names as users write them."""
+    for name, value in (("backend", backend), ("cp_comm_type", cp_comm_type)):
+        if not isinstance(value, str) and not (name == "cp_comm_type" and value is None):
+            raise InvalidTypeError(f"{name} must be a string", got=repr(value))
+    backend = _BACKEND_ALIASES.get(_normal(backend), _normal(backend))
+    comm = None if cp_comm_type is None else _normal(cp_comm_type)
+    comm = _COMM_ALIASES.get(comm, comm) if comm is not None else None
+    if comm is None and (backend, None) not in _HANDLERS and backend in _SHORT:
+        return "local", _SHORT[backend]
+    return backend, comm
+
+
+def register_cp_handler(backend: str, cp_comm_type: str | None, target: str | type[ContextParallelHandler]) -> None:
+    """Make a backend known to :func:`get_cp_handler_cls`.
+
+    Args:
+        backend: its name; case and the choice of ``-`` or ``_`` do not matter.
+        cp_comm_type: its comm type, or None.
+        target: the class, or ``"module:Class"``, imported when first asked for.
+
+    Raises:
+        InvalidValueError: the pair is taken by another target.
+    """
+    key = _key(backend, cp_comm_type)
+    path = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+    if _HANDLERS.get(key, path) != path:
+        raise InvalidValueError(f"{_shown(key)} is already registered", got=_HANDLERS[key], fix="choose another name")
+    _HANDLERS[key] = path
+    if not isinstance(target, str):
+        _LOADED[key] = target
+
+
+_LOADED: dict[tuple[str, str | None], type[ContextParallelHandler]] = {}
+
+
+def _shown(key: tuple[str, str | None]) -> str:
+    backend, comm = key
+    return f"({backend!r}, {comm!r})"
+
+
+def _discovered() -> dict[tuple[str, str | None], str]:
+    """Backends that installed packages announce."""
+    found = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        backend, _, comm = entry.name.partition(":")
+        found[_key(backend, comm or None)] = entry.value
+    return found
+
+
+def available_cp_handlers() -> list[tuple[str, str | None]]:
+    """Every ``(backend, cp_comm_type)`` that can be asked for; whether its package is installed is known when it is."""
+    known = {**_discovered(), **_HANDLERS}
+    return sorted(known, key=lambda key: (key[0], key[1] or ""))
+
+
+def get_cp_handler_cls(
+    backend: str = "local", cp_comm_type: str | Sequence[str] | None = None, *, num_layers: int | None = None
+) -> type[ContextParallelHandler]:
+    """The handler class for a backend and a comm type.
+
+    Args:
+        backend: ``"local"`` (alias ``"torch"``), a registered name, or a comm type alone, which is short for
+            ``"local"`` with it.
+        cp_comm_type: ``"a2a"`` (alias ``"ulysses"``), ``"ring"``, ``"p2p"``, ``"all_gather"`` (alias ``"allgather"``),
+            ``"a2a+p2p"`` (alias ``"usp"``), ``"a2a+ring"``, or None for one rank; or a list with one of them for each
+            layer, all over one layout, chosen by ``layer_number``.
+        num_layers: with a list, the model's number of layers, to be compared with the list's length.
+
+    Raises:
+        InvalidTypeError: not strings, or a list with a class that has a layout of its own.
+        InvalidValueError: an unknown pair; lists the known ones. A list of another length than ``num_layers``.
+        MissingPackageError: the backend's package cannot be imported.
+    """
+    if isinstance(cp_comm_type, Sequence) and not isinstance(cp_comm_type, str):
+        return _layered(backend, list(cp_comm_type), num_layers)
+    key = _key(backend, cp_comm_type)
+    if key in _LOADED:
+        return _LOADED[key]
+    target = _HANDLERS.get(key) or _discovered().get(key)
+    if target is None:
+        raise InvalidValueError(
+            "unknown backend or comm type",
+            got=_shown((backend, cp_comm_type)),
+            fix=f"choose one of {', '.join(_legal())}",
+        )
+    _LOADED[key] = _imported(target, key)
+    return _LOADED[key]
+
+
+def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> type[ContextParallelHandler]:
+    """The class with one algorithm per layer."""
+    if not comm_types or (num_layers is not None and len(comm_types) != num_layers):
+        raise InvalidValueError(
+            "a list of comm types needs one for each layer",
+            got=f"{len(comm_types)} for {num_layers or 'some'} layers",
+            fix="repeat a comm type for every layer that uses it",
+        )
+    layers = import_module("cphandler.backends.layered")
+    classes = tuple(get_cp_handler_cls(backend, comm_type) for comm_type in comm_types)
+    for comm_type, handler_cls in zip(comm_types, classes, strict=True):
+        base = layers.LayoutHandler
+        if not issubclass(handler_cls, base) or handler_cls.prepare is not base.prepare:
+            raise InvalidTypeError(
+                "only handlers that leave the layout to the library can share one from layer to layer",
+                got=f"{handler_cls.__name__} for {comm_type!r}",
+                fix="a class of your own may set itself up in join() and refuse in admit(), but not override prepare()",
+            )
+    made: type[ContextParallelHandler] = layers.layered(classes)
+    return made
+
+
+def _legal() -> Iterator[str]:
+    for key in available_cp_handlers():
+        yield _shown(key)
+    yield "or one of " + ", ".join(repr(name) for name in sorted(_SHORT)) + " alone"
+
+
+def _imported(target: str, key: tuple[str, str | None]) -> type[ContextParallelHandler]:
+    module, _, name = target.partition(":")
+    try:
+        handler_cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise MissingPackageError(
+            f"the backend {_shown(key)} cannot be imported",
+            got=f"{target}: {error}",
+            fix=f"install the package that holds {module!r}",
+        ) from error
+    if not (isinstance(handler_cls, type) and issubclass(handler_cls, ContextParallelHandler)):
+        raise InvalidTypeError(f"the backend {_shown(key)} is not a ContextParallelHandler", got=target)
+    return handler_cls

@@ -1,0 +1,1 @@
+"""Layouts: which rank holds which tokens, and the planner of ``balanced``."""

@@ -1,0 +1,334 @@
+"""Layouts: which rank holds which tokens, in which local order. Integers only, and no masks.
+
+Who holds what, for one document of 8 tokens over 2 ranks::
+
+    zigzag      rank 0: 0 1 | 6 7      rank 1: 2 3 | 4 5      chunks r and 2P - 1 - r of each document
+    contiguous  rank 0: 0 1 2 3        rank 1: 4 5 6 7        the packed stream cut into P pieces
+    striped     rank 0: 0 2 4 6        rank 1: 1 3 5 7        token t on rank t mod P
+    replicated  rank 0: 0 1 ... 7      rank 1: 0 1 ... 7      every rank holds everything
+
+The ``balanced`` layout depends on masks; :mod:`cphandler.layouts.balance` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.tokens.intervals import Flags, Table, expand, frozen, offsets_of, table
+
+START, LENGTH, STRIDE, LOCAL, RANK = range(5)
+"""Columns of :meth:`Layout.tables`; a rank's own span table has the first four."""
+
+
+class Layout:
+    """An immutable map from global tokens to (rank, local row).
+
+    A rank's share is a list of spans ``(start, length, stride)`` over global tokens; ``local`` says where each span
+    begins in the rank's local order. Every rank has the same number of local rows ``L``; a local row in no span is a
+    pad row.
+
+    Args:
+        name: how errors and tables call it.
+        num_tokens: global tokens S.
+        spans: per rank, rows ``(start, length, stride)`` or ``(start, length, stride, local)`` in ascending order of
+            start; without ``local`` the spans stand one after the other.
+        num_local_tokens: rows L each rank holds; None means the largest share.
+        replicated: every rank holds every token; otherwise each token lives on exactly one rank.
+
+    Raises:
+        InvalidValueError: spans that leave out, repeat or overrun tokens or local rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_tokens: int,
+        spans: Sequence[object],
+        *,
+        num_local_tokens: int | None = None,
+        replicated: bool = False,
+    ) -> None:
+        self.name = name
+        self.num_tokens = num_tokens
+        self.replicated = replicated
+        self.spans: tuple[Table, ...] = tuple(frozen(_with_local(rank_spans)) for rank_spans in spans)
+        largest = max((int(s[:, LENGTH].sum()) for s in self.spans), default=0)
+        self.num_local_tokens = largest if num_local_tokens is None else num_local_tokens
+        self._validate()
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks P that the tokens are spread over."""
+        return len(self.spans)
+
+    def _validate(self) -> None:
+        if not self.spans:
+            raise InvalidValueError(f"layout {self.name!r} has no ranks", fix="give one list of spans per rank")
+        if not all(_covers(spans, self.num_tokens) for spans in self._coverings()):
+            raise InvalidValueError(
+                f"layout {self.name!r} must place each of its {self.num_tokens} tokens on "
+                + ("every rank" if self.replicated else "exactly one rank"),
+                got=f"{sum(int(s[:, LENGTH].sum()) for s in self.spans)} placements over {self.cp_size} ranks",
+                fix="spans are (start, length, stride) in global tokens",
+            )
+        every = self._numbered(range(self.cp_size))
+        rank = every[:, RANK]
+        same = rank[1:] == rank[:-1]
+        by_place = every[np.lexsort((every[:, LOCAL], rank))]
+        edges = by_place[:, LOCAL] + by_place[:, LENGTH]
+        wrong: dict[str, tuple[Flags, str]] = {
+            "a stride below 1": (every[:, STRIDE] < 1, "local order is ascending inside a span"),
+            "spans out of order": (
+                np.append([False], same & (np.diff(every[:, START]) < 0))[: len(every)],
+                "sort by start",
+            ),
+            "overlapping or missing local rows": (
+                (by_place[:, LOCAL] < 0)
+                | (edges > self.num_local_tokens)
+                | np.append([False], same & (by_place[1:, LOCAL] < edges[:-1]))[: len(every)],
+                f"place each span inside {self.num_local_tokens} rows, none on another",
+            ),
+        }
+        for what, (where, fix) in wrong.items():
+            if where.any():
+                at = int(rank[np.argmax(where)])
+                raise InvalidValueError(f"layout {self.name!r} gives rank {at} {what}", fix=fix)
+
+    def _numbered(self, ranks: Sequence[int]) -> Table:
+        """The spans of some ranks one after the other, each with its rank."""
+        chosen = [self.spans[rank] for rank in ranks]
+        counts = np.array([len(spans) for spans in chosen], dtype=np.int64)
+        numbers = np.repeat(np.array(ranks, dtype=np.int64), counts)
+        return np.column_stack([np.concatenate([table([], 4), *chosen]), numbers])
+
+    def _coverings(self) -> list[Table]:
+        """The span tables each of which must cover every token once."""
+        return list(self.spans) if self.replicated else [np.concatenate(self.spans)]
+
+    def __reduce__(self) -> tuple[Callable[..., Layout], tuple[object, ...]]:
+        return _unpickle, (self.name, self.num_tokens, self.spans, self.num_local_tokens, self.replicated)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Layout)
+            and self.num_tokens == other.num_tokens
+            and self.num_local_tokens == other.num_local_tokens
+            and len(self.spans) == len(other.spans)
+            and all(np.array_equal(a, b) for a, b in zip(self.spans, other.spans, strict=True))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.num_tokens, self.num_local_tokens, *(s.tobytes() for s in self.spans)))
+
+    def __repr__(self) -> str:
+        return f"Layout({self.name!r}, num_tokens={self.num_tokens}, cp_size={self.cp_size})"
+
+    def positions(self, rank: int) -> Table:
+        """``[L]`` global token of each local row of a rank; -1 for a pad row."""
+        spans = self.spans[rank]
+        result = np.full(self.num_local_tokens, -1, dtype=np.int64)
+        result[expand(spans[:, LOCAL], spans[:, LENGTH])] = expand(spans[:, START], spans[:, LENGTH], spans[:, STRIDE])
+        return result
+
+    @cached_property
+    def strides(self) -> frozenset[int]:
+        """Strides of the spans of more than one token, on any rank."""
+        every = np.concatenate([spans[spans[:, LENGTH] > 1, STRIDE] for spans in self.spans])
+        return frozenset(np.unique(every).tolist())
+
+    @property
+    def keeps_global_order(self) -> bool:
+        """True where one rank holds all tokens as they come, so that nothing has to move."""
+        tokens = np.arange(self.num_tokens)
+        return self.cp_size == 1 and np.array_equal(self.positions(0), tokens)
+
+    @cached_property
+    def inverse(self) -> Table:
+        """``[S]`` place ``rank * L + local`` of each global token (of its first copy where replicated)."""
+        result = np.empty(self.num_tokens, dtype=np.int64)
+        for rank in reversed(range(self.cp_size)):
+            spans = self.spans[rank]
+            tokens = expand(spans[:, START], spans[:, LENGTH], spans[:, STRIDE])
+            result[tokens] = rank * self.num_local_tokens + expand(spans[:, LOCAL], spans[:, LENGTH])
+        return frozen(result)
+
+    def tables(self, ranks: Sequence[int] | None = None) -> Iterator[Table]:
+        """Span tables ``(start, length, stride, local, rank)`` of the ranks; the spans of a table do not interleave.
+
+        One table for all ranks where every stride is 1. Strided spans interleave, those of several ranks by nature and
+        those of one rank if a caller laid them so; each table then holds as many of one rank's as do not.
+        """
+        ranks = range(self.cp_size) if ranks is None else ranks
+        merged = self._numbered(ranks)
+        if self.replicated or (merged[:, STRIDE] != 1).any():
+            for part in np.split(merged, np.flatnonzero(np.diff(merged[:, RANK])) + 1):
+                yield from _apart(part)
+            return
+        yield merged[np.argsort(merged[:, START], kind="stable")]
+
+    def merged(self, size: int) -> Layout:
+        """Neighbours joined: rank p of the result holds what ranks ``p * size`` to ``p * size + size - 1`` hold.
+
+        Rows come in ascending order of tokens, pad rows last. Needs spans of stride 1.
+        """
+        spans = []
+        for first in range(0, self.cp_size, size):
+            held = np.concatenate(self.spans[first : first + size])
+            held = held[np.argsort(held[:, START], kind="stable")]
+            spans.append(joined(held[:, START], held[:, LENGTH]))
+        return Layout(self.name, self.num_tokens, spans, num_local_tokens=size * self.num_local_tokens)
+
+    def stack(self, copies: int) -> Layout:
+        """The same cut applied to ``copies`` streams of S tokens laid end to end, each with L local rows."""
+        if copies == 1:
+            return self
+        shifts = np.arange(copies, dtype=np.int64)
+        spans = []
+        for rank_spans in self.spans:
+            repeated = np.concatenate([rank_spans] * copies) if copies else rank_spans[:0].copy()
+            repeated[:, START] += np.repeat(shifts * self.num_tokens, len(rank_spans))
+            repeated[:, LOCAL] += np.repeat(shifts * self.num_local_tokens, len(rank_spans))
+            spans.append(repeated)
+        return Layout(
+            self.name,
+            self.num_tokens * copies,
+            spans,
+            num_local_tokens=self.num_local_tokens * copies,
+            replicated=self.replicated,
+        )
+
+
+def _unpickle(name: str, num_tokens: int, spans: Sequence[object], num_local_tokens: int, replicated: bool) -> Layout:
+    return Layout(name, num_tokens, spans, num_local_tokens=num_local_tokens, replicated=replicated)
+
+
+def _apart(spans: Table) -> Iterator[Table]:
+    """Split ascending spans into tables in which each span ends before the next one starts."""
+    ends = spans[:, START] + (spans[:, LENGTH] - 1) * spans[:, STRIDE]
+    if (ends[:-1] < spans[1:, START]).all():
+        yield spans
+        return
+    tables: list[list[int]] = []
+    for row, start in enumerate(spans[:, START].tolist()):
+        fitting = next((rows for rows in tables if ends[rows[-1]] < start), None)
+        if fitting is None:
+            tables.append([row])
+        else:
+            fitting.append(row)
+    for rows in tables:
+        yield spans[rows]
+
+
+def _covers(spans: Table, num_tokens: int) -> bool:
+    """True where the spans hold each token of ``[0, num_tokens)`` exactly once."""
+    if (spans[:, STRIDE] != 1).any():
+        tokens = expand(spans[:, START], spans[:, LENGTH], spans[:, STRIDE])
+        return np.array_equal(np.sort(tokens), np.arange(num_tokens))
+    ordered = spans[np.argsort(spans[:, START], kind="stable")]
+    edges = np.concatenate([[0], ordered[:, START] + ordered[:, LENGTH]])
+    return np.array_equal(np.append(ordered[:, START], num_tokens), edges)
+
+
+def _with_local(spans: object) -> Table:
+    """Drop empty spans and add the local column where the caller left it out."""
+    given = np.asarray(spans, dtype=np.int64)
+    rows: Table = given.reshape(-1, given.shape[-1] if given.ndim == 2 else 4)
+    if rows.shape[1] == 3:
+        rows = np.concatenate([rows, offsets_of(rows[:, LENGTH])[:-1, None]], axis=1)
+    rows = rows[rows[:, LENGTH] > 0].copy()
+    rows[rows[:, LENGTH] == 1, STRIDE] = 1
+    return rows
+
+
+def joined(starts: Table, lengths: Table) -> Table:
+    """Spans of stride 1 from ascending pieces, neighbours that touch made one."""
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    opens = np.ones(len(starts), dtype=bool)
+    opens[1:] = starts[1:] != starts[:-1] + lengths[:-1]
+    first = np.flatnonzero(opens)
+    total = np.add.reduceat(lengths, first) if len(first) else lengths
+    return np.stack([starts[first], total, np.ones_like(total)], axis=1)
+
+
+def zigzag(offsets: Table, cp_size: int) -> Layout:
+    """Each document cut into ``2 * cp_size`` chunks; rank r holds chunks r and ``2 * cp_size - 1 - r``.
+
+    With lengths divisible by ``2 * cp_size`` this is what TransformerEngine calls DualChunkSwap, row for row. For
+    other lengths chunks differ by one row, and the spare rows rotate over the ranks from document to document, so that
+    the ranks' totals differ by one row at most.
+    """
+    lengths = np.diff(offsets)
+    base, spare = lengths // (2 * cp_size), lengths % (2 * cp_size)
+    turn = offsets_of(spare)[:-1] % cp_size
+    ranks = np.arange(cp_size, dtype=np.int64)
+    extra = (spare // cp_size)[:, None] + ((ranks[None] - turn[:, None]) % cp_size < (spare % cp_size)[:, None])
+    chunks = np.empty((len(lengths), 2 * cp_size), dtype=np.int64)
+    chunks[:, :cp_size] = base[:, None] + (extra >= 1)
+    chunks[:, cp_size:] = (base[:, None] + (extra >= 2))[:, ::-1]
+    starts = offsets[:-1, None] + np.cumsum(chunks, axis=1) - chunks
+    spans = []
+    for rank in range(cp_size):
+        pair = [rank, 2 * cp_size - 1 - rank]
+        spans.append(joined(starts[:, pair].reshape(-1), chunks[:, pair].reshape(-1)))
+    return Layout("zigzag", int(offsets[-1]), spans, num_local_tokens=-(-int(offsets[-1]) // cp_size))
+
+
+def contiguous(offsets: Table, cp_size: int) -> Layout:
+    """Rank r holds tokens ``[r * S // P, (r + 1) * S // P)`` of the packed stream."""
+    total = int(offsets[-1])
+    cuts = [rank * total // cp_size for rank in range(cp_size + 1)]
+    spans = [[(cuts[r], cuts[r + 1] - cuts[r], 1)] for r in range(cp_size)]
+    return Layout("contiguous", total, spans, num_local_tokens=-(-total // cp_size))
+
+
+def striped(offsets: Table, cp_size: int) -> Layout:
+    """Token t lives on rank ``t mod P`` (Striped Attention, arXiv 2311.09431)."""
+    total = int(offsets[-1])
+    spans = [[(rank, max(0, -(-(total - rank) // cp_size)), cp_size)] for rank in range(cp_size)]
+    return Layout("striped", total, spans, num_local_tokens=-(-total // cp_size))
+
+
+def replicated(offsets: Table, cp_size: int) -> Layout:
+    """Every rank holds every token; only attention heads are split."""
+    total = int(offsets[-1])
+    return Layout("replicated", total, [[(0, total, 1)]] * cp_size, num_local_tokens=total, replicated=True)
+
+
+LAYOUTS: dict[str, Callable[[Table, int], Layout]] = {
+    "zigzag": zigzag,
+    "contiguous": contiguous,
+    "striped": striped,
+    "replicated": replicated,
+}
+"""Layouts by name: functions of the physical offsets and the number of ranks."""
+
+
+def make_layout(layout: str | Layout, offsets: Table, cp_size: int) -> Layout:
+    """Build a layout by name, or check one that the caller brings against the batch.
+
+    Raises:
+        InvalidTypeError: neither a name nor a Layout.
+        InvalidValueError: an unknown name, or a Layout made for other tokens or ranks.
+    """
+    if isinstance(layout, Layout):
+        if layout.num_tokens != int(offsets[-1]) or layout.cp_size != cp_size:
+            raise InvalidValueError(
+                f"layout {layout.name!r} was made for another batch",
+                got=f"{layout.num_tokens} tokens over {layout.cp_size} ranks for {int(offsets[-1])} over {cp_size}",
+                fix="build the layout from this batch's physical offsets, or pass its name",
+            )
+        return layout
+    if not isinstance(layout, str):
+        raise InvalidTypeError("layout must be a name or a Layout", got=type(layout).__name__)
+    build = LAYOUTS.get(layout.lower().replace("-", "_"))
+    if build is None:
+        raise InvalidValueError(
+            "unknown layout",
+            got=repr(layout),
+            fix=f"choose one of {', '.join(sorted([*LAYOUTS, 'balanced']))}, or pass a Layout",
+        )
+    return build(offsets, cp_size)

@@ -1,0 +1,283 @@
+"""A batch planned ahead: its layout, each rank's plan, and what they cost, without a process group or a device.
+
+Made where the batch is packed, in a data-loader process say, it travels to the training process by pickle. Made twice,
+it compares two layouts on a caller's own document lengths::
+
+    lengths = [90_000, 4_000, 700, 36_372]
+    for layout in ("zigzag", "balanced"):
+        print(plan_batch([0, *accumulate(lengths)], 8, layout=layout).stats())
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.layouts.layout import Layout
+from cphandler.layouts.placement import Batch, Placing, place
+from cphandler.plan.cost import Load, load
+from cphandler.plan.plan import Plan, make_plan, ring_hops
+from cphandler.plan.tasks import task_counts, visibility
+from cphandler.tokens.documents import Documents, Offsets
+from cphandler.tokens.intervals import Table
+from cphandler.tokens.masks import Mask, make_mask
+from cphandler.tokens.metadata import StreamMetadata
+
+COMM_TYPES = ("p2p", "ring", "all_gather")
+"""Ways for keys to reach queries whose plans differ; those that trade heads instead move no key rows by a plan."""
+
+
+def plan_batch(
+    cu_seqlens: Offsets,
+    cp_size: int,
+    *,
+    layout: Placing = "zigzag",
+    mask: str | Mask = "causal",
+    cu_seqlens_padded: Offsets | None = None,
+    cp_comm_type: str = "p2p",
+    tile: int | None = None,
+) -> BatchPlan:
+    """Plan a packed batch for a number of ranks, on any process and with no communication.
+
+    Args:
+        cu_seqlens: ``[D + 1]`` global offsets of the documents' valid tokens; ``[0, S]`` for a dense batch.
+        cp_size: ranks P that the batch will be spread over.
+        layout: a layout's name, a :class:`Balanced` mix of masks, or a Layout.
+        mask: ``"causal"``, ``"full"`` or a Mask.
+        cu_seqlens_padded: ``[D + 1]`` physical offsets where documents are padded at their ends.
+        cp_comm_type: ``"p2p"``, ``"ring"`` or ``"all_gather"``: how keys will reach the queries.
+        tile: as in :class:`CPConfig`: rows of the kernel's tile, for the balanced layout.
+
+    Raises:
+        InvalidTypeError: arguments of another type.
+        InvalidValueError: offsets that are none, an unknown name, a layout of another batch, or a mask that does not
+            fit the documents.
+    """
+    if not isinstance(cp_size, int) or isinstance(cp_size, bool):
+        raise InvalidTypeError("cp_size must be an int", got=repr(cp_size))
+    if cp_size < 1:
+        raise InvalidValueError("cp_size must be at least 1", got=cp_size)
+    if not isinstance(cp_comm_type, str):
+        raise InvalidTypeError("cp_comm_type must be a string", got=repr(cp_comm_type))
+    comm_type = {"allgather": "all_gather"}.get(name := cp_comm_type.strip().lower().replace("-", "_"), name)
+    if comm_type not in COMM_TYPES:
+        raise InvalidValueError(
+            "no plan says what moves under this cp_comm_type",
+            got=repr(cp_comm_type),
+            fix=f"choose one of {', '.join(COMM_TYPES)}; Ulysses trades heads, whatever the mask",
+        )
+    documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
+    stream = StreamMetadata(documents, None, documents.max_length)
+    batch = Batch(stream, stream, make_mask(mask), cp_size, tile)
+    started = time.perf_counter()
+    made, _ = place((layout, layout), batch)
+    seconds = time.perf_counter() - started
+    return BatchPlan(documents, batch.mask, made, comm_type, batch.bands(batch.mask), seconds)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """A batch, cut: what :func:`plan_batch` makes. It can be pickled.
+
+    Attributes:
+        documents: the documents of the batch.
+        mask: who sees whom.
+        layout: which rank holds which tokens; what a handler takes as ``layout=``.
+        cp_comm_type: how keys reach the queries.
+        bands: ``[n, 6]`` the mask's bands over valid rows.
+        layout_seconds: time it took to make the layout.
+    """
+
+    documents: Documents
+    mask: Mask
+    layout: Layout
+    cp_comm_type: str
+    bands: Table = field(repr=False)
+    layout_seconds: float
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks P."""
+        return self.layout.cp_size
+
+    def plan(self, rank: int) -> Plan:
+        """One rank's tasks, and what travels for them; made anew at every call.
+
+        Under ``"all_gather"`` keys are counted in their owner's rows.
+
+        Raises:
+            InvalidValueError: a rank that there is not.
+            UnsupportedError: a replicated layout, or one whose spans have several strides.
+        """
+        if not 0 <= rank < self.cp_size:
+            raise InvalidValueError("there is no such rank", got=rank, fix=f"ranks are 0 to {self.cp_size - 1}")
+        self._refuse_replicated()
+        ring, direct = self.cp_comm_type == "ring", self.cp_comm_type == "p2p"
+        return make_plan(self.bands, self.layout, self.layout, rank, ring=ring, direct=direct)
+
+    @cached_property
+    def load(self) -> Load:
+        """The attention area of each rank, and the key rows of others that its queries see."""
+        return load(self.bands, self.layout, self.layout)
+
+    def stats(
+        self,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        itemsize: int = 2,
+        gradient_itemsize: int | None = None,
+        count_tasks: bool = False,
+    ) -> PlanStats:
+        """What the layout costs.
+
+        Args:
+            kv_heads: key heads, for a count of bytes; None for none.
+            head_dim: channels of a key head, needed with ``kv_heads``.
+            value_dim: channels of a value head; None for as many.
+            itemsize: bytes of a number of keys and values.
+            gradient_itemsize: bytes of a number of their gradients on the wire; None for the accumulator's, 4 at least.
+            count_tasks: also cut the tasks of every rank, and time the plan of the rank that has most.
+
+        Raises:
+            InvalidValueError: one of ``kv_heads`` and ``head_dim`` without the other.
+            UnsupportedError: tasks of a layout whose spans have several strides, or a replicated one's.
+        """
+        if (kv_heads is None) != (head_dim is None):
+            raise InvalidValueError(
+                "bytes follow from kv_heads and head_dim together", got=f"{kv_heads} and {head_dim}", fix="pass both"
+            )
+        received, returned = self._moved()
+        row = None
+        if kv_heads is not None and head_dim is not None:
+            numbers = kv_heads * (head_dim + (head_dim if value_dim is None else value_dim))
+            row = numbers * itemsize, numbers * (gradient_itemsize or max(4, itemsize))
+        tasks, seconds = self._counted() if count_tasks else (None, None)
+        return PlanStats(
+            layout=self.layout.name,
+            cp_comm_type=self.cp_comm_type,
+            num_tokens=self.layout.num_tokens,
+            num_documents=self.documents.num_documents,
+            area=self.load.area,
+            needed=self.load.rows,
+            received=received,
+            layout_seconds=self.layout_seconds,
+            forward_bytes=None if row is None else received * row[0],
+            both_bytes=None if row is None else 2 * received * row[0] + returned * row[1],
+            tasks=tasks,
+            plan_seconds=seconds,
+        )
+
+    def _moved(self) -> tuple[Table, Table]:
+        """``[P]`` key rows that reach each rank in a forward pass, and rows of gradients that it sends in a backward.
+
+        A direct row is one that is needed. Round a ring and in a gather whole blocks move, pad rows with them: a block
+        visits every rank as far as the last that needs it, its gradients every rank from the first to the last.
+        """
+        size, rows = self.cp_size, self.layout.num_local_tokens
+        if self.cp_comm_type == "p2p" or self.layout.replicated:
+            return self.load.rows, self.load.rows
+        if self.cp_comm_type == "all_gather":
+            blocks = np.full(size, (size - 1) * rows, dtype=np.int64)
+            return blocks, blocks
+        first, last = ring_hops(visibility(self.bands, self.layout, self.layout)).T[:, None]
+        step = (np.arange(size)[:, None] - np.arange(size)[None]) % size
+        visited = (step > 0) & (step <= last)
+        return visited.sum(axis=1) * rows, (visited & (step >= first)).sum(axis=1) * rows
+
+    def _counted(self) -> tuple[Table, float]:
+        """``[P]`` tasks of each rank, and the seconds that it takes to plan the rank that has most."""
+        self._refuse_replicated()
+        counts = task_counts(self.bands, self.layout, self.layout)
+        started = time.perf_counter()
+        self.plan(int(counts.argmax()))
+        return counts, time.perf_counter() - started
+
+    def _refuse_replicated(self) -> None:
+        if self.layout.replicated and self.cp_size > 1:
+            raise UnsupportedError(
+                "on a replicated layout every rank holds all keys and computes some heads",
+                fix="use cp_comm_type='a2a' for it, which needs no plan",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class PlanStats:
+    """What a layout costs, rank by rank; ``str`` of it is one line to read.
+
+    Attributes:
+        layout: the layout's name.
+        cp_comm_type: how keys reach the queries.
+        num_tokens: global tokens S, padding included.
+        num_documents: documents, empty ones included.
+        area: ``[P]`` pairs of a query of the rank and a key that it sees.
+        needed: ``[P]`` distinct key rows of other ranks that its queries see: the least that any exchange can bring.
+        received: ``[P]`` key rows of other ranks that reach it in a forward pass; under ``"p2p"`` those needed.
+        layout_seconds: time it took to make the layout.
+        forward_bytes: ``[P]`` bytes received in a forward pass; None where heads were not given.
+        both_bytes: ``[P]`` bytes that move for its queries forward and backward: keys and values, received twice, and
+            their gradients, which it sends.
+        tasks: ``[P]`` tasks of each rank; None where they were not counted.
+        plan_seconds: time it took to plan the rank of most tasks; None where tasks were not counted.
+    """
+
+    layout: str
+    cp_comm_type: str
+    num_tokens: int
+    num_documents: int
+    area: Table
+    needed: Table
+    received: Table
+    layout_seconds: float
+    forward_bytes: Table | None = None
+    both_bytes: Table | None = None
+    tasks: Table | None = None
+    plan_seconds: float | None = None
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks P."""
+        return len(self.area)
+
+    @property
+    def area_balance(self) -> float:
+        """Largest area of a rank over the mean: 1 is level, P is all on one rank."""
+        total = int(self.area.sum())
+        return int(self.area.max()) * self.cp_size / total if total else 1.0
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """``[P]`` rows received, as a share of the ``S * (P - 1) / P`` rows that a full ring brings a rank."""
+        return self.received / max(1.0, self.num_tokens * (self.cp_size - 1) / self.cp_size)
+
+    @property
+    def volume(self) -> float:
+        """Mean of :attr:`shares`."""
+        return float(self.shares.mean())
+
+    @property
+    def worst(self) -> float:
+        """The largest of :attr:`shares`."""
+        return float(self.shares.max())
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.layout} over {self.cp_size} ranks, {self.num_tokens} tokens in {self.num_documents} documents",
+            f"area max/mean {self.area_balance:.3f}",
+            f"{self.cp_comm_type} receives {self.volume:.1%} of a ring's rows, {self.worst:.1%} at most",
+        ]
+        if self.forward_bytes is not None and self.both_bytes is not None:
+            forward, both = (float(column.mean()) / 2**20 for column in (self.forward_bytes, self.both_bytes))
+            parts.append(f"{forward:.1f} MiB a rank forward, {both:.1f} with backward")
+        if self.tasks is not None:
+            parts.append(f"{int(self.tasks.sum())} tasks, {int(self.tasks.max())} at most")
+        times = f"layout {1e3 * self.layout_seconds:.1f} ms"
+        if self.plan_seconds is not None:
+            times += f", a rank's plan {1e3 * self.plan_seconds:.1f} ms"
+        return "; ".join([*parts, times])

@@ -1,0 +1,193 @@
+"""The plan: layout x mask -> the tasks of a rank, and what has to travel for them.
+
+Integer tables, the same on every rank, no communication, no tensors on a device. Everything a rank sends follows from
+the layouts and the mask, so that both ends of a message compute it alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cphandler.errors import UnsupportedError
+from cphandler.layouts.layout import Layout
+from cphandler.plan.matching import matchings
+from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, visibility
+from cphandler.tokens.intervals import Flags, Table, frozen, offsets_of, table
+
+TO, FROM = range(2)
+"""Columns of :attr:`Plan.stages`."""
+
+STAGE, START, LENGTH = range(3)
+"""Columns of :attr:`Plan.sends` and :attr:`Plan.receives`."""
+
+_COLUMNS = {"tasks": 7, "hops": 2, "stages": 2, "sends": 3, "receives": 3}
+"""Tables of a plan and their widths, in the order in which they are packed."""
+
+
+def _empty(columns: int) -> Table:
+    return table([], columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What one rank computes, and which blocks travel.
+
+    Attributes:
+        cp_size: ranks P.
+        rank: the rank that runs the tasks.
+        tasks: ``[n, 7]`` in the order they run, own keys first: see :mod:`cphandler.plan.tasks`. Where rows are sent
+            directly, the key rows of other owners count in the compact block that arrives.
+        hops: ``[P, 2]`` for a ring, per owner the first and the last step at which a rank needs its block; both 0 where
+            nobody does. Rank ``owner + s`` holds the block at step s.
+        stages: ``[n, 2]`` for direct sends, per stage the rank this one sends to and the one it receives from, -1 for
+            none. A stage is a matching: each rank sends at most one message and receives at most one.
+        sends: ``[m, 3]`` runs ``(stage, start, length)`` of this rank's rows, in the order they are sent.
+        receives: ``[m, 3]`` runs of the sender's rows, in the order they arrive.
+    """
+
+    cp_size: int
+    rank: int
+    tasks: Table
+    hops: Table = field(default_factory=partial(_empty, 2))
+    stages: Table = field(default_factory=partial(_empty, 2))
+    sends: Table = field(default_factory=partial(_empty, 3))
+    receives: Table = field(default_factory=partial(_empty, 3))
+
+    def __post_init__(self) -> None:
+        for name in _COLUMNS:
+            object.__setattr__(self, name, frozen(getattr(self, name)))
+
+    def tasks_of(self, owner: int) -> Table:
+        """The tasks whose keys live on ``owner``, in the order they run."""
+        tasks: Table = self.tasks[self.tasks[:, OWNER] == owner]
+        return tasks
+
+    def runs(self, stage: int, *, sent: bool) -> Table:
+        """``[n, 2]`` runs ``(start, length)`` of rows that this rank sends, or receives, in a stage."""
+        runs = self.sends if sent else self.receives
+        chosen: Table = runs[runs[:, STAGE] == stage][:, [START, LENGTH]]
+        return chosen
+
+    def to_tensor(self) -> Tensor:
+        """One int64 tensor that carries the plan through an operator's signature (and a data loader's queue)."""
+        tables = [getattr(self, name) for name in _COLUMNS]
+        header = np.array([self.cp_size, self.rank, *map(len, tables)], dtype=np.int64)
+        with torch.inference_mode(mode=False):  # scored first, the same batch may train later
+            return torch.from_numpy(np.concatenate([header, *(part.reshape(-1) for part in tables)]))
+
+    @classmethod
+    def from_tensor(cls, packed: Tensor) -> Plan:
+        """The plan that :meth:`to_tensor` packed; its tables share the tensor's memory."""
+        values = packed.numpy()
+        header = 2 + len(_COLUMNS)
+        cp_size, rank, *rows = (int(value) for value in values[:header])
+        tables, start = [], header
+        for count, columns in zip(rows, _COLUMNS.values(), strict=True):
+            tables.append(values[start : start + count * columns].reshape(count, columns))
+            start += count * columns
+        return cls(cp_size, rank, *tables)
+
+
+def make_plan(
+    bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: bool = False, direct: bool = False
+) -> Plan:
+    """Cut bands into the tasks of one rank.
+
+    Args:
+        bands: ``[n, 6]`` disjoint bands over valid rows, global coordinates.
+        queries: layout of the query stream.
+        keys: layout of the key stream, over the same ranks or over one.
+        rank: the rank whose tasks are wanted.
+        ring: also work out how far each block must travel round a ring.
+        direct: also work out which rows each rank sends to which, and when.
+
+    Raises:
+        UnsupportedError: spans of several strides; on every rank alike, whether its own are among them or not.
+    """
+    strides = queries.strides | keys.strides
+    if len(strides) > 1:
+        raise UnsupportedError(
+            "attention needs query and key spans of one stride",
+            got=f"strides {', '.join(map(str, sorted(strides)))}",
+            fix="use one layout for both streams, of stride 1 such as zigzag, or striped",
+        )
+    tasks, _ = cut(bands, queries, keys, [rank])
+    if direct:
+        return _direct_plan(bands, queries, keys, rank, tasks)
+    step = (rank - np.arange(keys.cp_size)) % keys.cp_size
+    hops = ring_hops(visibility(bands, queries, keys)) if ring else _empty(2)
+    return Plan(queries.cp_size, rank, _ordered(coalesced(tasks), step), hops)
+
+
+def _ordered(tasks: Table, turn: Table) -> Table:
+    """Tasks by the turn of their owner, then by query and key rows."""
+    ordered: Table = tasks[np.lexsort((tasks[:, K], tasks[:, Q], turn[tasks[:, OWNER]]))]
+    return ordered
+
+
+def ring_hops(sees: Flags) -> Table:
+    """Per owner, the first and last ring step at which a rank needs its block."""
+    size = len(sees)
+    step = (np.arange(size)[:, None] - np.arange(size)[None]) % size
+    needed = sees & (step > 0)
+    last = np.where(needed, step, 0).max(axis=0, initial=0)
+    first = np.where(needed, step, size).min(axis=0, initial=size)
+    return np.stack([np.where(last > 0, first, 0), last], axis=1).astype(np.int64)
+
+
+def _direct_plan(bands: Table, queries: Layout, keys: Layout, rank: int, tasks: Table) -> Plan:
+    """The plan in which every needed row goes straight from its owner to the rank that needs it."""
+    stage_of = matchings(visibility(bands, queries, keys))
+    number = int(stage_of.max(initial=-1)) + 1
+    stages = np.full((number, 2), -1, dtype=np.int64)
+    for column, row in ((TO, stage_of[:, rank]), (FROM, stage_of[rank])):
+        peers = np.flatnonzero(row >= 0)
+        stages[row[peers], column] = peers
+    theirs, ranks = cut(bands, queries, keys, key_ranks=[rank])
+    sends = _union(stage_of[ranks, rank], theirs)
+    receives = _union(stage_of[rank][tasks[:, OWNER]], tasks)
+    turn = stage_of[rank].copy()  # own keys are at -1, before every stage
+    return Plan(
+        queries.cp_size,
+        rank,
+        _compacted(_ordered(coalesced(tasks), turn), turn, receives),
+        stages=stages,
+        sends=sends,
+        receives=receives,
+    )
+
+
+def _union(stages: Table, tasks: Table) -> Table:
+    """Runs ``(stage, start, length)`` of the key rows of tasks, stage by stage; what stays on the rank is left out."""
+    rows = np.stack([stages, tasks[:, K], tasks[:, K] + tasks[:, NK]], axis=1)[stages >= 0]
+    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+    if not len(rows):
+        return _empty(3)
+    room = int(rows[:, 2].max()) + 1  # stages laid end to end, so that one running maximum serves all
+    starts, stops = rows[:, 0] * room + rows[:, 1], np.maximum.accumulate(rows[:, 0] * room + rows[:, 2])
+    first = np.flatnonzero(np.append(True, starts[1:] > stops[:-1]))
+    last = np.append(first[1:], len(rows)) - 1
+    runs: Table = np.stack([rows[first, 0], rows[first, 1], stops[last] - starts[first]], axis=1)
+    return runs
+
+
+def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:
+    """Tasks over other owners' keys, with key rows counted in the block that holds the received runs end to end."""
+    stage = turn[tasks[:, OWNER]]
+    remote = np.flatnonzero(stage >= 0)
+    if not len(remote):
+        return tasks
+    room = int(max(receives[:, START].max(), tasks[:, K].max())) + 1
+    run = np.searchsorted(
+        receives[:, STAGE] * room + receives[:, START], stage[remote] * room + tasks[remote, K], "right"
+    )
+    before = offsets_of(receives[:, LENGTH])[:-1]
+    block = before[np.searchsorted(receives[:, STAGE], receives[:, STAGE], "left")]  # rows of the stages before
+    result: Table = tasks.copy()
+    result[remote, K] += (before - block - receives[:, START])[run - 1]
+    return result

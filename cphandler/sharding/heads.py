@@ -1,0 +1,339 @@
+"""The Ulysses reshard: trade a split of the sequence for a split of the heads, and back (arXiv 2309.14509).
+
+Two opaque custom ops, each the backward pass of the other. All tensors of a call travel in one all-to-all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cphandler.comm import collectives
+from cphandler.precision import accumulator_dtype
+from cphandler.sharding.order import SequenceOrder
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """Which heads each rank computes: equal shares of the query heads, and every key head that those touch.
+
+    Attributes:
+        queries: per rank, the query heads ``[first, stop)``.
+        keys: per rank, the key heads ``[first, stop)``; neighbours share one where a group of query heads is cut.
+        group: query heads per key head.
+    """
+
+    queries: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
+    group: int
+
+    @classmethod
+    def of(cls, num_heads: int, num_kv_heads: int, cp_size: int) -> HeadSplit:
+        """Split heads over ranks; ``num_heads`` divisible by ``cp_size`` and by ``num_kv_heads``."""
+        share, group = num_heads // cp_size, num_heads // num_kv_heads
+        queries = tuple((rank * share, (rank + 1) * share) for rank in range(cp_size))
+        keys = tuple((first // group, (stop - 1) // group + 1) for first, stop in queries)
+        return cls(queries, keys, group)
+
+    def repeats(self, rank: int) -> list[int]:
+        """How many of the rank's query heads use each of its key heads."""
+        (q_first, q_stop), (k_first, k_stop) = self.queries[rank], self.keys[rank]
+        return [
+            min(q_stop, (head + 1) * self.group) - max(q_first, head * self.group) for head in range(k_first, k_stop)
+        ]
+
+
+def repeat_heads(x: Tensor, repeats: Sequence[int]) -> Tensor:
+    """``[B, S, heads, D]`` with each head repeated as told; itself where every head has the same count.
+
+    Equal counts are what kernels call grouped-query attention. The backward pass sums by plain reductions, in a fixed
+    order.
+    """
+    if len(set(repeats)) <= 1:
+        return x
+    return torch.cat([x[:, :, i : i + 1].expand(-1, -1, times, -1) for i, times in enumerate(repeats)], dim=2)
+
+
+def gather_seq_scatter_heads(
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], order: SequenceOrder, group_name: str
+) -> list[Tensor]:
+    """All tokens of this rank's heads, from this rank's tokens of all heads.
+
+    Args:
+        tensors: ``[B, L, N_i, D_i]`` each, one dtype.
+        ranges: per tensor, per rank, the heads ``[first, stop)`` that rank wants.
+        order: the layout's order.
+        group_name: the group to exchange in.
+
+    Returns:
+        ``[B, S, n_i, D_i]`` each, tokens in global order. The backward pass sends the gradients back and adds, in rank
+        order, those of heads that several ranks wanted.
+    """
+    result: list[Tensor] = _to_heads(
+        list(tensors), _flat(ranges), order.places, order.tokens, order.identity, group_name
+    )
+    return result
+
+
+def gather_heads_scatter_seq(
+    tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]], order: SequenceOrder, group_name: str
+) -> list[Tensor]:
+    """All heads of this rank's tokens, from all tokens of this rank's heads: ``[B, S, n, D]`` to ``[B, L, N, D]`` each.
+
+    Pad rows come out as zeros. One operator, so that ranks whose losses use different ones of the results still send
+    the same messages in their backward passes.
+    """
+    result: list[Tensor] = _to_tokens(
+        list(tensors), _flat([ranges] * len(tensors)), order.places, order.tokens, order.identity, group_name
+    )
+    return result
+
+
+def slice_heads(
+    tensors: Sequence[Tensor], ranges: Sequence[Sequence[tuple[int, int]]], rank: int, group_name: str
+) -> list[Tensor]:
+    """This rank's heads of tensors that every rank holds whole, where all ranks go on to one and the same loss.
+
+    Args:
+        tensors: ``[B, S, N_i, D_i]`` each, one dtype, the same on every rank.
+        ranges: per tensor, per rank, the heads ``[first, stop)``.
+        rank: this rank.
+        group_name: the group that shares the heads.
+
+    Returns:
+        ``[B, S, n_i, D_i]`` each. The backward pass gathers the gradients of all heads on every rank, and adds, in rank
+        order, those of heads that several ranks took.
+    """
+    result: list[Tensor] = _slice(list(tensors), _flat(ranges), rank, group_name)
+    return result
+
+
+def gather_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]], group_name: str) -> list[Tensor]:
+    """All heads on every rank, from each rank's own: ``[B, S, n, D]`` to ``[B, S, N, D]`` each.
+
+    The backward pass is this rank's slice: right where every rank computes the same loss.
+    """
+    result: list[Tensor] = _unslice(list(tensors), _flat([ranges] * len(tensors)), group_name)
+    return result
+
+
+def _flat(ranges: Sequence[Sequence[tuple[int, int]]]) -> list[int]:
+    return [bound for per_rank in ranges for pair in per_rank for bound in pair]
+
+
+def _unflat(ranges: Sequence[int], tensors: int) -> list[list[tuple[int, int]]]:
+    """Per tensor, per rank, the heads ``[first, stop)``: what :func:`_flat` packed for an operator's signature."""
+    pairs = list(zip(ranges[::2], ranges[1::2], strict=True))
+    size = len(pairs) // tensors
+    return [pairs[i * size : (i + 1) * size] for i in range(tensors)]
+
+
+def _one_by_one(tensors: list[Tensor], ranges: Sequence[int]) -> list[tuple[list[Tensor], list[int]]]:
+    """Each tensor with its own ranges: one buffer holds one dtype."""
+    return [([x], _flat([h])) for x, h in zip(tensors, _unflat(ranges, len(tensors)), strict=True)]
+
+
+def _shapes(tensors: list[Tensor], heads: list[list[tuple[int, int]]], peer: int, rows: int) -> list[tuple[int, ...]]:
+    """Shapes ``(rows, B, heads, D)`` in which the heads of a rank travel, tensor after tensor."""
+    return [(rows, x.shape[0], h[peer][1] - h[peer][0], x.shape[-1]) for x, h in zip(tensors, heads, strict=True)]
+
+
+def _views(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Consecutive parts of a flat buffer in the given shapes."""
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+@torch.library.custom_op("cphandler::gather_seq_scatter_heads", mutates_args=())
+def _to_heads(
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+) -> list[Tensor]:
+    if len({x.dtype for x in tensors}) > 1:
+        return [
+            part
+            for one in _one_by_one(tensors, ranges)
+            for part in _to_heads(*one, places, tokens, identity, group_name)
+        ]
+    heads = _unflat(ranges, len(tensors))
+    size, rank, rows = len(heads[0]), collectives.members(group_name).rank, tensors[0].shape[1]
+    shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
+    counts = [_elements(shape) for shape in shapes]
+    sent = tensors[0].new_empty(sum(counts))
+    parts = [
+        x[:, :, slice(*h[peer])].transpose(0, 1) for peer in range(size) for x, h in zip(tensors, heads, strict=True)
+    ]
+    for view, part in zip(_views(sent, list(chain.from_iterable(shapes))), parts, strict=True):
+        view.copy_(part)
+    received = collectives.all_to_all(sent, counts, [counts[rank]] * size, group_name).view(size, counts[rank])
+    result = []
+    for x, shape in zip(received.split([math.prod(s) for s in shapes[rank]], dim=1), shapes[rank], strict=True):
+        flat = torch.cat(x.unbind()) if len(tensors) > 1 else x.reshape(-1)
+        ranked = flat.view(size * rows, *shape[1:])
+        result.append((ranked if identity else ranked.index_select(0, places)).transpose(0, 1))
+    return result
+
+
+@torch.library.custom_op("cphandler::gather_heads_scatter_seq", mutates_args=())
+def _to_tokens(
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+) -> list[Tensor]:
+    if len({x.dtype for x in tensors}) > 1:
+        return [
+            part
+            for one in _one_by_one(tensors, ranges)
+            for part in _to_tokens(*one, places, tokens, identity, group_name)
+        ]
+    heads = _unflat(ranges, len(tensors))
+    size, rank = len(heads[0]), collectives.members(group_name).rank
+    rows = len(tokens) // size
+    shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
+    counts = [_elements(shape) for shape in shapes]
+    ranked = [_rank_major(x.transpose(0, 1), tokens, identity).reshape(size, -1 if len(tokens) else 0) for x in tensors]
+    sent = (torch.cat(ranked, dim=1) if len(ranked) > 1 else ranked[0]).reshape(-1)
+    received = collectives.all_to_all(sent, [counts[rank]] * size, counts, group_name).split(counts)
+    arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
+    return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]
+
+
+def _rank_major(x: Tensor, tokens: Tensor, identity: bool) -> Tensor:
+    """``[S, ...]`` in global order as ``[P * L, ...]`` in rank order, zeros on pad rows."""
+    if identity:
+        return x
+    if not len(x):
+        return x.new_zeros(len(tokens), *x.shape[1:])
+    ranked = x.index_select(0, tokens.clamp(min=0))
+    ranked[tokens < 0] = 0
+    return ranked
+
+
+def _assembled(x: Tensor, parts: list[Tensor], heads: list[tuple[int, int]]) -> Tensor:
+    """Put the heads that came from each rank side by side, ``[B, L, N, D]``; add, in rank order, what several sent."""
+    rows, batch = parts[0].shape[:2]
+    shape = (batch, rows, heads[-1][1], x.shape[-1])
+    if all(after[0] >= before[1] for before, after in pairwise(heads)):
+        result = x.new_empty(shape)
+        for part, (first, stop) in zip(parts, heads, strict=True):
+            result[:, :, first:stop] = part.transpose(0, 1)
+        return result
+    total = x.new_zeros(shape, dtype=accumulator_dtype(x.dtype))
+    for part, (first, stop) in zip(parts, heads, strict=True):
+        total[:, :, first:stop] += part.transpose(0, 1)
+    return total.to(x.dtype)
+
+
+@_to_heads.register_fake
+def _fake_to_heads(
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+) -> list[Tensor]:
+    rank = collectives.members(group_name).rank
+    shapes = _shapes(tensors, _unflat(ranges, len(tensors)), rank, places.shape[0])
+    return [x.new_empty(shape).transpose(0, 1) for x, shape in zip(tensors, shapes, strict=True)]
+
+
+@_to_tokens.register_fake
+def _fake_to_tokens(
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    rows = tokens.shape[0] // len(heads[0])
+    return [x.new_empty((x.shape[0], rows, h[-1][1], x.shape[-1])) for x, h in zip(tensors, heads, strict=True)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.ranges, places, tokens, ctx.identity, ctx.group_name = inputs
+    ctx.save_for_backward(places, tokens)
+
+
+def _to_heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    return (
+        _to_tokens(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _to_tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    return (
+        _to_heads(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_to_heads.register_autograd(_to_heads_backward, setup_context=_save)
+_to_tokens.register_autograd(_to_tokens_backward, setup_context=_save)
+
+
+@torch.library.custom_op("cphandler::slice_heads", mutates_args=())
+def _slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    return [x[:, :, slice(*h[rank])].clone() for x, h in zip(tensors, heads, strict=True)]
+
+
+@torch.library.custom_op("cphandler::unslice_heads", mutates_args=())
+def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
+    """Every rank's heads side by side; what several hold is added in rank order."""
+    if len({x.dtype for x in tensors}) > 1:
+        return [part for one in _one_by_one(tensors, ranges) for part in _unslice(*one, group_name)]
+    heads = _unflat(ranges, len(tensors))
+    size, rank = len(heads[0]), collectives.members(group_name).rank
+    shapes = [
+        [shape for x, h in zip(tensors, heads, strict=True) for shape in _shapes([x], [h], peer, x.shape[1])]
+        for peer in range(size)
+    ]
+    counts = [_elements(shape) for shape in shapes]
+    mine = torch.cat([x.transpose(0, 1).reshape(-1) for x in tensors])
+    received = collectives.all_to_all(mine.repeat(size), [counts[rank]] * size, counts, group_name).split(counts)
+    arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
+    return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]
+
+
+@_slice.register_fake
+def _fake_slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    return [
+        x.new_empty((*x.shape[:2], h[rank][1] - h[rank][0], x.shape[-1])) for x, h in zip(tensors, heads, strict=True)
+    ]
+
+
+@_unslice.register_fake
+def _fake_unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
+    heads = _unflat(ranges, len(tensors))
+    return [x.new_empty((*x.shape[:2], h[-1][1], x.shape[-1])) for x, h in zip(tensors, heads, strict=True)]
+
+
+def _save_slice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.ranges, ctx.rank, ctx.group_name = inputs
+
+
+def _save_unslice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, ctx.ranges, ctx.group_name = inputs
+
+
+def _slice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    return _unslice(list(grads), ctx.ranges, ctx.group_name), None, None, None
+
+
+def _unslice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    rank = collectives.members(ctx.group_name).rank
+    return _slice(list(grads), ctx.ranges, rank, ctx.group_name), None, None
+
+
+_slice.register_autograd(_slice_backward, setup_context=_save_slice)
+_unslice.register_autograd(_unslice_backward, setup_context=_save_unslice)

@@ -1,0 +1,174 @@
+"""One stream of tokens as a rank sees it: documents x layout -> positions, index tensors, fragments."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cphandler.layouts.layout import LENGTH, LOCAL, START, STRIDE, Layout
+from cphandler.sharding.order import SequenceOrder
+from cphandler.tokens.documents import Documents
+from cphandler.tokens.intervals import Flags, Table, overlaps
+from cphandler.tokens.masks import Mask, visible_bands
+
+
+class Fragments(NamedTuple):
+    """The pieces of documents a rank holds, ascending.
+
+    Piece i says that local row ``local[i] + j`` holds position ``start[i] + stride[i] * j`` of document
+    ``document[i]``, for ``j`` below ``length[i]``. Each column is ``[n]`` int64.
+    """
+
+    document: Table
+    start: Table
+    length: Table
+    stride: Table
+    local: Table
+
+
+def device_copy(array: Table | Flags, device: torch.device) -> Tensor:
+    """An index array on a device; an ordinary tensor also under inference mode, since a batch may train later."""
+    with torch.inference_mode(mode=False):
+        return torch.from_numpy(np.array(array)).to(device)
+
+
+class Stream:
+    """Documents cut by a layout, seen from one rank.
+
+    Args:
+        documents: the documents of one row of the batch; a dense batch has one, of length S.
+        layout: how the rows are spread.
+        rank: this rank.
+        padded_rows: for a dense batch with a key-padding mask, the documents of all its rows laid end to end; None
+            where the batch dim is inert.
+    """
+
+    def __init__(self, documents: Documents, layout: Layout, rank: int, padded_rows: Documents | None = None) -> None:
+        self.documents = documents
+        self.layout = layout
+        self.rank = rank
+        self.padded_rows = padded_rows
+        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        self._orders: dict[torch.device, SequenceOrder] = {}
+
+    @property
+    def copies(self) -> int:
+        """Rows of the batch that are documents of their own: B with a key-padding mask, else 1."""
+        return 1 if self.padded_rows is None else self.padded_rows.num_documents
+
+    @property
+    def validity(self) -> Documents:
+        """The documents that say which tokens are real, over ``copies * S`` tokens."""
+        return self.documents if self.padded_rows is None else self.padded_rows
+
+    @property
+    def num_local_tokens(self) -> int:
+        """Local rows L."""
+        return self.layout.num_local_tokens
+
+    @cached_property
+    def tokens(self) -> Table:
+        """``[L]`` global token of each local row; -1 for a pad row."""
+        return self.layout.positions(self.rank)
+
+    @cached_property
+    def positions(self) -> Table:
+        """``[L]`` position of each local row in its document; 0 for a pad row."""
+        held = np.maximum(self.tokens, 0)
+        offsets = self.documents.offsets[self.documents.document_of(held)] if len(held) else held
+        return np.where(self.tokens >= 0, held - offsets, 0)
+
+    @cached_property
+    def valid(self) -> Flags:
+        """``[L]``, or ``[B, L]`` with a key-padding mask: True where a local row holds a real token."""
+        shift = np.arange(self.copies, dtype=np.int64)[:, None] * self.layout.num_tokens
+        valid = self.validity.is_valid(self.tokens[None] + shift) & (self.tokens >= 0)
+        return valid if self.padded_rows is not None else valid[0]
+
+    def shifted_validity(self, shift: int, device: torch.device) -> Tensor:
+        """``[B, L]``: where a local row and the one ``shift`` tokens before it are real, row of the batch by row."""
+        key = f"valid {shift}", device
+        if key not in self._tensors:
+            first = np.arange(self.copies, dtype=np.int64)[:, None] * self.layout.num_tokens
+            source = self.tokens - shift
+            inside = (self.tokens >= 0) & (source >= 0) & (source < self.layout.num_tokens)
+            real = self.validity.is_valid(np.where(inside, source, 0)[None] + first)
+            self._tensors[key] = device_copy(inside[None] & real & np.atleast_2d(self.valid), device)
+        return self._tensors[key]
+
+    @cached_property
+    def fragments(self) -> Fragments:
+        """The runs of one document each that this rank holds."""
+        spans = self.layout.spans[self.rank]
+        starts, offsets = spans[:, START], self.documents.offsets
+        stops = starts + (spans[:, LENGTH] - 1) * spans[:, STRIDE] + 1
+        filled = np.flatnonzero(np.diff(offsets) > 0)
+        span, which = overlaps(starts, stops, offsets[filled], offsets[filled + 1])
+        document, stride = filled[which].astype(np.int64), spans[span, STRIDE]
+        first = np.maximum(-(-(offsets[document] - starts[span]) // stride), 0)
+        stop = np.minimum(-(-(offsets[document + 1] - starts[span]) // stride), spans[span, LENGTH])
+        start = starts[span] + first * stride - offsets[document]
+        keep = stop > first
+        columns = (document, start, stop - first, stride, spans[span, LOCAL] + first)
+        return Fragments(*(column[keep] for column in columns))
+
+    @cached_property
+    def pad_runs(self) -> list[tuple[int, int]]:
+        """``(first local row, count)`` of the runs of pad rows."""
+        pads = np.flatnonzero(self.tokens < 0)
+        cuts = np.flatnonzero(np.diff(pads) > 1) + 1
+        return [(int(run[0]), len(run)) for run in np.split(pads, cuts) if len(run)]
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """One of this stream's index arrays (``tokens``, ``positions``, ``valid``) on a device, cached."""
+        key = name, device
+        if key not in self._tensors:
+            self._tensors[key] = device_copy(getattr(self, name), device)
+        return self._tensors[key]
+
+    def order(self, device: torch.device) -> SequenceOrder:
+        """How rows of all ranks and global tokens correspond, cached."""
+        if device not in self._orders:
+            places = self.layout.inverse
+            everyone = np.concatenate([self.layout.positions(rank) for rank in range(self.layout.cp_size)])
+            identity = len(places) == len(everyone) and bool((np.diff(places) == 1).all())
+            self._orders[device] = SequenceOrder(device_copy(places, device), device_copy(everyone, device), identity)
+        return self._orders[device]
+
+
+class StreamPair:
+    """Who attends to whom: a query stream and a key stream, the same one twice in self attention.
+
+    Args:
+        queries: the query stream.
+        keys: the key stream; as many rows of the batch as the query stream.
+    """
+
+    def __init__(self, queries: Stream, keys: Stream) -> None:
+        self.queries = queries
+        self.keys = keys
+        self._bands: dict[Mask, Table] = {}
+
+    def bands(self, mask: Mask) -> Table:
+        """A mask's bands over one row of the batch, cached.
+
+        Raises:
+            InvalidValueError: a mask that does not fit the documents.
+            UnsupportedError: a mask that has no meaning across two streams.
+        """
+        if mask not in self._bands:
+            self._bands[mask] = mask.bands(self.queries.documents, self.keys.documents)
+        return self._bands[mask]
+
+    def visible_bands(self, mask: Mask) -> Table:
+        """A mask's bands over all rows of the batch laid end to end, cut to real tokens.
+
+        With a key-padding mask each row is asked about on its own: where a diagonal lies may depend on its padding.
+        """
+        padded = self.keys.padded_rows is not None
+        documents = self.queries.documents, self.keys.documents
+        return visible_bands(mask, documents, (self.queries.validity, self.keys.validity) if padded else None)

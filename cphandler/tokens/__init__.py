@@ -1,0 +1,1 @@
+"""Tokens: documents, what a caller says of a batch, packing, masks and bands."""

@@ -1,0 +1,658 @@
+"""Masks: who may see whom, as bands in global coordinates. No layout, no padding, no ranks.
+
+A band ``(q0, q1, k0, k1, lo, hi)`` lets query rows ``[q0, q1)`` see key rows ``[k0, k1)`` where
+``lo <= k - q <= hi``. A mask is a set of disjoint bands. Padding is not the mask's business: bands speak of physical
+rows, and :func:`restrict` cuts them to the valid ones.
+
+Who sees whom in one document of 6 tokens, rows are queries::
+
+    Causal()      SlidingWindow(1)   PrefixLM(3)   BlockCausal(2)
+    x . . . . .   x . . . . .        x x x . . .   x x . . . .
+    x x . . . .   x x . . . .        x x x . . .   x x . . . .
+    x x x . . .   . x x . . .        x x x . . .   x x x x . .
+    x x x x . .   . . x x . .        x x x x . .   x x x x . .
+    x x x x x .   . . . x x .        x x x x x .   x x x x x x
+    x x x x x x   . . . . x x        x x x x x x   x x x x x x
+
+    Full()        Chunked(3)         PrefixWindow(1, 1)   SharedQuestion((2, 2, 2))
+    x x x x x x   x . . . . .        x . . . . .          x . . . . .
+    x x x x x x   x x . . . .        x x . . . .          x x . . . .
+    x x x x x x   x x x . . .        x x x . . .          x x x . . .
+    x x x x x x   . . . x . .        x . x x . .          x x x x . .
+    x x x x x x   . . . x x .        x . . x x .          x x . . x .
+    x x x x x x   . . . x x x        x . . . x x          x x . . x x
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, restrict, shifted, tightened
+from cphandler.tokens.documents import Documents
+from cphandler.tokens.intervals import UNBOUNDED, Table, expand, table
+
+Align: TypeAlias = Literal["top_left", "bottom_right"]
+"""Where the diagonal lies when a document has more keys than queries, or fewer: through its first query and its first
+key, or through its last real ones. Kernels disagree, so that it has to be said."""
+
+
+class Mask(ABC):
+    """A value that says which keys a query may see; hashable, the same on every rank."""
+
+    @abstractmethod
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """``[n, 6]`` disjoint bands; document i of the queries sees document i of the keys.
+
+        Args:
+            queries: documents of the query stream.
+            keys: documents of the key stream; the same object for self attention.
+
+        Raises:
+            InvalidValueError: parameters that do not fit the documents.
+            UnsupportedError: two different streams, for a mask that has no meaning there.
+        """
+
+    @property
+    def is_causal(self) -> bool:
+        """True where no query sees a later key of its own stream."""
+        return False
+
+
+def _pairs(queries: Documents, keys: Documents) -> tuple[Table, Table]:
+    """``[n, 4]`` rows ``(q0, q1, k0, k1)`` of the documents that have both, and which documents they are.
+
+    Raises:
+        InvalidValueError: streams of different numbers of documents.
+    """
+    if queries.num_documents != keys.num_documents:
+        raise InvalidValueError(
+            "document i of the queries sees document i of the keys, so that both streams need as many",
+            got=f"{queries.num_documents} and {keys.num_documents} documents",
+            fix="give a document without keys, or without queries, length 0 in the other stream",
+        )
+    q, k = queries.offsets, keys.offsets
+    every = np.stack([q[:-1], q[1:], k[:-1], k[1:]], axis=1)
+    kept = np.flatnonzero((every[:, 0] < every[:, 1]) & (every[:, 2] < every[:, 3]))
+    return every[kept], kept
+
+
+def _bounded(pairs: Table, lo: Table | int, hi: Table | int) -> Table:
+    """Bands over whole pairs of documents; bounds that no distance reaches become the sentinel."""
+    columns = [np.broadcast_to(np.clip(bound, -UNBOUNDED, UNBOUNDED), len(pairs)) for bound in (lo, hi)]
+    return np.concatenate([pairs, np.stack(columns, axis=1)], axis=1)
+
+
+def _as_long(queries: Documents, keys: Documents) -> bool:
+    """Whether documents are equally long on both sides, with padding and without."""
+    real_queries, real_keys = (documents.valid_ends - documents.offsets[:-1] for documents in (queries, keys))
+    return np.array_equal(queries.lengths, keys.lengths) and np.array_equal(real_queries, real_keys)
+
+
+def _diagonals(name: str, queries: Documents, keys: Documents, align: Align | None) -> tuple[Table, Table]:
+    """Pairs of documents, and ``k - q`` on the diagonal of each.
+
+    Raises:
+        InvalidValueError: documents of unequal length and no ``align``.
+    """
+    pairs, documents = _pairs(queries, keys)
+    if align is None and queries is not keys and not _as_long(queries, keys):
+        raise InvalidValueError(
+            f"{name} over documents of unequal length must say where its diagonal lies",
+            fix=f'pass {name}(..., align="top_left") for first query beside first key, "bottom_right" for last by last',
+        )
+    if align == "bottom_right":
+        return pairs, keys.valid_ends[documents] - queries.valid_ends[documents]
+    return pairs, pairs[:, 2] - pairs[:, 0]
+
+
+def _own_documents(mask: Mask, queries: Documents, keys: Documents) -> tuple[Table, Table]:
+    """``[n, 2]`` starts and stops of the documents of self attention that have tokens, and which documents they are.
+
+    Raises:
+        UnsupportedError: two different streams.
+    """
+    if queries is not keys:
+        raise UnsupportedError(
+            f"{type(mask).__name__} has no meaning across two streams",
+            fix="use Full(), or Causal and SlidingWindow with align=",
+        )
+    pairs, documents = _pairs(queries, keys)
+    return pairs[:, :2], documents
+
+
+def _capped(count: int) -> int:
+    """A count of tokens, or the sentinel for one past all of them (``sys.maxsize``), which int64 sums would wrap."""
+    return min(count, UNBOUNDED)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidTypeError(f"{name} must be an int", got=repr(value))
+    if value < least:
+        raise InvalidValueError(f"{name} must be at least {least}", got=value)
+
+
+def _check_tuple(name: str, value: object) -> None:
+    """A list would do as well, but for its hash: masks are keys of dicts."""
+    if not isinstance(value, tuple):
+        raise InvalidTypeError(f"{name} must be a tuple", got=repr(value))
+
+
+def _check_align(align: object) -> None:
+    if align not in (None, "top_left", "bottom_right"):
+        raise InvalidValueError("unknown align", got=repr(align), fix="choose top_left or bottom_right")
+
+
+def _check_mask(name: str, value: object) -> None:
+    if not isinstance(value, Mask):
+        raise InvalidTypeError(f"{name} must be a Mask", got=repr(value), fix="pass Causal() rather than its name")
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Each token sees itself and the tokens before it in its document.
+
+    Attributes:
+        align: for two streams whose documents differ in length; see :data:`Align`. None is ``"top_left"`` where all
+            are equally long, padding included, and refused elsewhere.
+
+    Raises:
+        InvalidValueError: an unknown ``align``.
+    """
+
+    align: Align | None = None
+
+    def __post_init__(self) -> None:
+        _check_align(self.align)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """One band per document."""
+        pairs, diagonal = _diagonals("Causal", queries, keys, self.align)
+        return _bounded(pairs, -UNBOUNDED, diagonal)
+
+    @property
+    def is_causal(self) -> bool:
+        """Always true."""
+        return True
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Each token sees its whole document."""
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """One unbounded band per document."""
+        return _bounded(_pairs(queries, keys)[0], -UNBOUNDED, UNBOUNDED)
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Mask):
+    """Each token sees ``left`` tokens before and ``right`` tokens after itself, inside its document.
+
+    Both bounds are inclusive and count physical positions, itself not counted: ``SlidingWindow(1)`` sees itself and
+    the token before.
+
+    Attributes:
+        left: tokens before.
+        right: tokens after.
+        align: for two streams whose documents differ in length, as in :class:`Causal`.
+
+    Raises:
+        InvalidTypeError: a bound that is not an int.
+        InvalidValueError: a negative bound, or an unknown ``align``.
+    """
+
+    left: int
+    right: int = 0
+    align: Align | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("SlidingWindow left", self.left, 0)
+        _check_count("SlidingWindow right", self.right, 0)
+        _check_align(self.align)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """One band per document, ``-left <= k - q <= right`` about the diagonal."""
+        pairs, diagonal = _diagonals("SlidingWindow", queries, keys, self.align)
+        return _bounded(pairs, diagonal - _capped(self.left), diagonal + _capped(self.right))
+
+    @property
+    def is_causal(self) -> bool:
+        """True where ``right`` is 0."""
+        return self.right == 0
+
+
+@dataclass(frozen=True)
+class PrefixLM(Mask):
+    """The first tokens of each document see each other both ways, the others are causal (arXiv 1910.10683, 3.2.2).
+
+    Attributes:
+        prefix: tokens of the prefix, one number for all documents or one for each; a shorter document is all prefix.
+
+    Raises:
+        InvalidTypeError: not ints.
+        InvalidValueError: negative.
+    """
+
+    prefix: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for value in self._prefixes:
+            _check_count("PrefixLM prefix", value, 0)
+
+    @property
+    def _prefixes(self) -> tuple[int, ...]:
+        return self.prefix if isinstance(self.prefix, tuple) else (self.prefix,)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """Two bands per document: the prefix, and the causal rest."""
+        documents, which = _own_documents(self, queries, keys)
+        prefix = np.array([_capped(value) for value in self._prefixes], dtype=np.int64)
+        if isinstance(self.prefix, tuple):
+            if len(prefix) != queries.num_documents:
+                raise InvalidValueError(
+                    "PrefixLM needs one prefix per document", got=f"{len(prefix)} for {queries.num_documents} documents"
+                )
+            prefix = prefix[which]
+        starts, stops = documents[:, 0], documents[:, 1]
+        cut = np.minimum(starts + prefix, stops)
+        inside = _bounded(np.stack([starts, cut, starts, cut], axis=1), -UNBOUNDED, UNBOUNDED)
+        after = _bounded(np.stack([cut, stops, starts, stops], axis=1), -UNBOUNDED, 0)
+        bands = np.concatenate([inside, after])
+        return bands[bands[:, Q0] < bands[:, Q1]]
+
+    @property
+    def is_causal(self) -> bool:
+        """True where no prefix holds two tokens."""
+        return max(self._prefixes, default=0) <= 1
+
+
+@dataclass(frozen=True)
+class BlockCausal(Mask):
+    """Documents are cut into blocks; a token sees its whole block and all blocks before it (block diffusion).
+
+    Attributes:
+        block: tokens of a block, counted from each document's start.
+
+    Raises:
+        InvalidTypeError: not an int.
+        InvalidValueError: below 1.
+    """
+
+    block: int
+
+    def __post_init__(self) -> None:
+        _check_count("BlockCausal block", self.block, 1)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """One unbounded band per block, over the keys from the document's start to the block's end."""
+        starts, blocks = _cut(_own_documents(self, queries, keys)[0], self.block)
+        return _bounded(np.stack([blocks[:, 0], blocks[:, 1], starts, blocks[:, 1]], axis=1), -UNBOUNDED, UNBOUNDED)
+
+    @property
+    def is_causal(self) -> bool:
+        """True where blocks are single tokens."""
+        return self.block == 1
+
+
+@dataclass(frozen=True)
+class Chunked(Mask):
+    """Documents are cut into chunks; a token sees itself and the tokens before it in its chunk (Llama 4).
+
+    Attributes:
+        chunk: tokens of a chunk, counted from each document's start.
+
+    Raises:
+        InvalidTypeError: not an int.
+        InvalidValueError: below 1.
+    """
+
+    chunk: int
+
+    def __post_init__(self) -> None:
+        _check_count("Chunked chunk", self.chunk, 1)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """One causal band per chunk."""
+        _, chunks = _cut(_own_documents(self, queries, keys)[0], self.chunk)
+        return _bounded(np.concatenate([chunks, chunks], axis=1), -UNBOUNDED, 0)
+
+    @property
+    def is_causal(self) -> bool:
+        """Always true."""
+        return True
+
+
+@dataclass(frozen=True)
+class PrefixWindow(Mask):
+    """Each token sees itself, ``left`` tokens before it, and the first tokens of its document (arXiv 2309.17453).
+
+    Attributes:
+        prefix: tokens of a document that all its later tokens see.
+        left: tokens before.
+
+    Raises:
+        InvalidTypeError: not ints.
+        InvalidValueError: negative.
+    """
+
+    prefix: int
+    left: int
+
+    def __post_init__(self) -> None:
+        _check_count("PrefixWindow prefix", self.prefix, 0)
+        _check_count("PrefixWindow left", self.left, 0)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """Two bands per document: the window, and the prefix where the window has left it."""
+        documents, _ = _own_documents(self, queries, keys)
+        left = _capped(self.left)
+        window = _bounded(np.concatenate([documents, documents], axis=1), -left, 0)
+        stops = np.minimum(documents[:, 0] + _capped(self.prefix), documents[:, 1])
+        prefix = np.stack([documents[:, 0], documents[:, 1], documents[:, 0], stops], axis=1)
+        return tightened(np.concatenate([window, _bounded(prefix, -UNBOUNDED, -left - 1)]))
+
+    @property
+    def is_causal(self) -> bool:
+        """Always true."""
+        return True
+
+
+@dataclass(frozen=True)
+class SharedQuestion(Mask):
+    """A document is one question and several answers; each answer sees the question and itself, no other answer.
+
+    Attributes:
+        segments: the tokens of the question and of each answer: one tuple ``(question, answer, ...)`` for all
+            documents, or a tuple of such tuples, one for each. Tokens after the last answer are one answer more.
+
+    Raises:
+        InvalidTypeError: not tuples of ints.
+        InvalidValueError: negative.
+    """
+
+    segments: tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check_tuple("SharedQuestion segments", self.segments)
+        for segments in self._rows:
+            _check_tuple("SharedQuestion segments of a document", segments)
+            for value in segments:
+                _check_count("SharedQuestion segments", value, 0)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether one tuple serves all documents."""
+        return not any(isinstance(value, tuple) for value in self.segments)
+
+    @property
+    def _rows(self) -> tuple[tuple[int, ...], ...]:
+        return cast(tuple[tuple[int, ...], ...], (self.segments,) if self._is_shared else self.segments)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """One causal band per segment, and one unbounded band from each answer to its question.
+
+        Raises:
+            InvalidValueError: segments of other documents than these, or longer than one that has tokens.
+            UnsupportedError: two different streams.
+        """
+        documents, which = _own_documents(self, queries, keys)
+        if not self._is_shared and len(self._rows) != queries.num_documents:
+            raise InvalidValueError(
+                "SharedQuestion needs the segments of each document",
+                got=f"{len(self._rows)} for {queries.num_documents} documents",
+            )
+        bands: list[tuple[int, ...]] = []
+        for (start, stop), i in zip(documents.tolist(), which.tolist(), strict=True):
+            lengths = self._rows[0 if self._is_shared else i]
+            if sum(lengths) > stop - start:
+                raise InvalidValueError(
+                    f"SharedQuestion segments are longer than document {i}",
+                    got=f"{sum(lengths)} for {stop - start} tokens",
+                )
+            bands += _question_and_answers(start, stop, lengths)
+        return tightened(table(bands, 6))
+
+    @property
+    def is_causal(self) -> bool:
+        """Always true."""
+        return True
+
+
+def _question_and_answers(start: int, stop: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Bands of one document, empty ones among them."""
+    cuts = [*accumulate(lengths, initial=start), stop]
+    question = cuts[min(1, len(lengths))]
+    for first, last in pairwise(cuts):
+        yield first, last, first, last, -UNBOUNDED, 0
+        if first >= question:
+            yield first, last, start, question, -UNBOUNDED, UNBOUNDED
+
+
+@dataclass(frozen=True)
+class PerDocument(Mask):
+    """Another mask for each document: some bidirectional, some causal, say.
+
+    Each mask is asked about its document alone, as if the batch held no other: what it takes per document it takes
+    once, the rows of :class:`Bands` count from the document's start, and :class:`AcrossDocuments` changes nothing.
+
+    Attributes:
+        masks: one per document, in order.
+
+    Raises:
+        InvalidTypeError: not a tuple of masks.
+    """
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        _check_tuple("PerDocument masks", self.masks)
+        for mask in self.masks:
+            _check_mask("each of PerDocument", mask)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """Each document's bands of its mask.
+
+        Raises:
+            InvalidValueError: masks for other documents than these, or one that does not fit its document.
+            UnsupportedError: two different streams, for a mask that has no meaning there.
+        """
+        _pairs(queries, keys)
+        if len(self.masks) != queries.num_documents:
+            raise InvalidValueError(
+                "PerDocument needs one mask per document",
+                got=f"{len(self.masks)} for {queries.num_documents} documents",
+            )
+        parts = [table([], 6)]
+        alone = [list(_each_alone(documents)) for documents in ((queries,) if queries is keys else (queries, keys))]
+        for mask, query, key in zip(self.masks, alone[0], alone[-1], strict=True):
+            parts.append(mask.bands(query, key))
+        counts = [len(part) for part in parts[1:]]
+        return shifted(
+            np.concatenate(parts), np.repeat(queries.offsets[:-1], counts), np.repeat(keys.offsets[:-1], counts)
+        )
+
+    @property
+    def is_causal(self) -> bool:
+        """True where every document's mask is."""
+        return all(mask.is_causal for mask in self.masks)
+
+
+@dataclass(frozen=True)
+class AcrossDocuments(Mask):
+    """A mask over the packed stream as if it were one document, so that documents see each other.
+
+    Attributes:
+        mask: what the stream as a whole is held to.
+
+    Raises:
+        InvalidTypeError: not a mask.
+    """
+
+    mask: Mask
+
+    def __post_init__(self) -> None:
+        _check_mask("what AcrossDocuments holds", self.mask)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """The mask's bands over one document of all tokens."""
+        whole = _as_one(queries)
+        return self.mask.bands(whole, whole if queries is keys else _as_one(keys))
+
+    @property
+    def is_causal(self) -> bool:
+        """As the mask inside."""
+        return self.mask.is_causal
+
+
+def _each_alone(documents: Documents) -> Iterator[Documents]:
+    """Each document as a stream of its own."""
+    cuts = np.searchsorted(documents.runs[:, 0], documents.offsets)
+    for (start, stop), (first, last) in zip(pairwise(documents.offsets.tolist()), pairwise(cuts.tolist()), strict=True):
+        yield Documents(np.array([0, stop - start]), documents.runs[first:last] - start)
+
+
+def _as_one(documents: Documents) -> Documents:
+    return Documents(documents.offsets[[0, -1]], documents.runs)
+
+
+def _cut(documents: Table, size: int) -> tuple[Table, Table]:
+    """Documents cut into pieces of ``size`` tokens: each piece's document start, and ``(start, stop)``."""
+    lengths = documents[:, 1] - documents[:, 0]
+    size = min(size, int(lengths.max(initial=1)))  # a piece past every document is one document
+    counts = -(-lengths // size)
+    starts = expand(documents[:, 0], counts, np.full(len(documents), size, dtype=np.int64))
+    stops = np.minimum(starts + size, np.repeat(documents[:, 1], counts))
+    return np.repeat(documents[:, 0], counts), np.stack([starts, stops], axis=1)
+
+
+@dataclass(frozen=True, init=False)
+class Bands(Mask):
+    """A mask given as its bands ``(q0, q1, k0, k1, lo, hi)`` in packed coordinates.
+
+    It may cross documents. ``lo`` may be ``-math.inf`` and ``hi`` ``math.inf``. The same bands serve every row of a
+    dense batch.
+
+    Raises:
+        InvalidValueError: rows that are not six numbers, intervals that run backwards or below 0, ``lo > hi``, or
+            bands that overlap.
+    """
+
+    rows: tuple[tuple[int, int, int, int, int, int], ...]
+
+    def __init__(self, rows: Iterable[Sequence[float]]) -> None:
+        checked = []
+        for i, row in enumerate(rows):
+            if len(row) != 6:
+                raise InvalidValueError(f"band {i} must be (q0, q1, k0, k1, lo, hi)", got=f"{len(row)} numbers")
+            if any(math.isnan(value) or (not math.isinf(value) and int(value) != value) for value in row) or any(
+                math.isinf(value) for value in row[:4]
+            ):
+                raise InvalidValueError(f"band {i} must hold integers", got=tuple(row))
+            q0, q1, k0, k1 = (int(value) for value in row[:4])
+            lo, hi = (int(min(max(value, -UNBOUNDED), UNBOUNDED)) for value in row[4:])
+            if not (0 <= q0 <= q1 and 0 <= k0 <= k1 and lo <= hi):
+                raise InvalidValueError(
+                    f"band {i} is empty or runs backwards", got=tuple(row), fix="0 <= q0 <= q1, 0 <= k0 <= k1, lo <= hi"
+                )
+            checked.append((q0, q1, k0, k1, lo, hi))
+        object.__setattr__(self, "rows", tuple(checked))
+        self._refuse_overlap()
+
+    def _refuse_overlap(self) -> None:
+        """A pair of cells seen twice would count twice in the softmax."""
+        bands = tightened(table(self.rows, 6))
+        order = np.argsort(bands[:, Q0], kind="stable")
+        bands = bands[order]
+        for i in range(len(bands)):
+            a = bands[i]
+            rest = bands[i + 1 :]
+            rest = rest[: np.searchsorted(rest[:, Q0], a[Q1], side="left")]
+            both = np.stack(
+                [
+                    np.maximum(a[Q0], rest[:, Q0]),
+                    np.minimum(a[Q1], rest[:, Q1]),
+                    np.maximum(a[K0], rest[:, K0]),
+                    np.minimum(a[K1], rest[:, K1]),
+                    np.maximum(a[LO], rest[:, LO]),
+                    np.minimum(a[HI], rest[:, HI]),
+                ],
+                axis=1,
+            )
+            if len(tightened(both)):
+                raise InvalidValueError(
+                    "bands must be disjoint",
+                    got=f"band {tuple(int(x) for x in a)} overlaps another",
+                    fix="cut one of the two so that no (query, key) pair is in both",
+                )
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """The bands as given.
+
+        Raises:
+            InvalidValueError: a band that reaches past the last token of a stream.
+        """
+        bands = table(self.rows, 6)
+        for name, column, documents in (("query", Q1, queries), ("key", K1, keys)):
+            reach = int(bands[:, column].max(initial=0))
+            if reach > documents.num_tokens:
+                raise InvalidValueError(
+                    f"a band reaches past the end of the {name} stream",
+                    got=f"token {reach} of {documents.num_tokens}",
+                    fix="bands are in packed coordinates of the global sequence",
+                )
+        return bands
+
+    @property
+    def is_causal(self) -> bool:
+        """True where no band reaches a later key."""
+        bands = tightened(table(self.rows, 6))
+        return bool((np.minimum(bands[:, HI], bands[:, K1] - 1 - bands[:, Q0]) <= 0).all())
+
+
+def visible_bands(
+    mask: Mask, documents: tuple[Documents, Documents], rows: tuple[Documents, Documents] | None
+) -> Table:
+    """A mask's bands cut to real tokens.
+
+    With padded rows each is asked about on its own: where a diagonal lies may depend on its padding.
+
+    Args:
+        mask: who sees whom.
+        documents: of the query and of the key stream; the same object twice for self attention.
+        rows: for a dense batch with a key-padding mask, the rows of both streams laid end to end, each a document.
+    """
+    queries, keys = documents if rows is None else rows
+    bands = mask if rows is None else PerDocument((mask,) * keys.num_documents)
+    return restrict(bands.bands(queries, keys), queries.runs, keys.runs)
+
+
+def make_mask(mask: str | Mask) -> Mask:
+    """A mask by name (``"causal"``, ``"full"``), or the one given.
+
+    Raises:
+        InvalidTypeError: neither a name nor a Mask.
+        InvalidValueError: an unknown name.
+    """
+    if isinstance(mask, Mask):
+        return mask
+    if not isinstance(mask, str):
+        raise InvalidTypeError(
+            "mask must be a name or a Mask", got=type(mask).__name__, fix='pass "causal", "full" or a cphandler mask'
+        )
+    named: dict[str, Mask] = {"causal": Causal(), "full": Full()}
+    if mask.lower() not in named:
+        raise InvalidValueError(
+            "unknown mask",
+            got=repr(mask),
+            fix=f"choose one of {', '.join(named)}, or pass a Mask such as SlidingWindow(128)",
+        )
+    return named[mask.lower()]

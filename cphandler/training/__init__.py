@@ -1,0 +1,1 @@
+"""Training: batches and losses under context parallelism."""
