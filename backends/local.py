@@ -8,9 +8,10 @@ from torch import Tensor
 
 from cphandler.attention.options import OptionalArguments
 from cphandler.errors import InvalidValueError
-from cphandler.handler.capabilities import COMMON, LAYOUTS, Capabilities
+from cphandler.handler.capabilities import COMMON, Capabilities
 from cphandler.handler.contract import LayoutSource
 from cphandler.handler.layout_handler import LayoutHandler
+from cphandler.layouts.layout import LAYOUTS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

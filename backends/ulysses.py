@@ -9,8 +9,9 @@ from torch import Tensor
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.head_parallel import HeadParallel, check_heads
 from cphandler.attention.options import OptionalArguments
-from cphandler.handler.capabilities import COMMON, LAYOUTS, Capabilities
+from cphandler.handler.capabilities import COMMON, Capabilities
 from cphandler.handler.layout_handler import LayoutHandler
+from cphandler.layouts.layout import LAYOUTS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

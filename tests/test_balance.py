@@ -31,7 +31,7 @@ from cphandler import (
 )
 from cphandler.layouts.balance import balanced
 from cphandler.layouts.layout import contiguous, zigzag
-from cphandler.layouts.placement import Batch, Placing, place
+from cphandler.layouts.placement import LayoutSpec, place
 from cphandler.layouts.workload import Workload
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.metadata import StreamMetadata, dense_streams
@@ -58,10 +58,10 @@ def workload(lengths: list[int], mask: Mask, tile: int | None = None) -> Workloa
     return Workload.of(documents.num_tokens, [(mask.bands(documents, documents), 1)], tile=tile)
 
 
-def placed(lengths: list[int], cp_size: int, placing: Placing = "balanced", mask: Mask | None = None) -> Layout:
+def placed(lengths: list[int], cp_size: int, spec: LayoutSpec = "balanced", mask: Mask | None = None) -> Layout:
     documents = documents_of(lengths)
     stream = StreamMetadata(documents, None, documents.max_length)
-    return place((placing, placing), Batch(stream, stream, mask or Causal(), cp_size))[0]
+    return place((spec, spec), stream, stream, mask or Causal(), cp_size)[0]
 
 
 def quality(layout: Layout, seen: Dense) -> tuple[float, float]:
@@ -184,8 +184,8 @@ def test_a_mix_is_level_on_the_sum() -> None:
     documents = documents_of(lengths)
     seen = [dense(mask.bands(documents, documents), 6000, 6000).astype(np.int64) for mask in (Causal(), window)]
 
-    def level(placing: Placing, weights: tuple[int, int]) -> float:
-        layout = placed(lengths, 4, placing)
+    def level(spec: LayoutSpec, weights: tuple[int, int]) -> float:
+        layout = placed(lengths, 4, spec)
         rows = weights[0] * seen[0].sum(axis=1) + weights[1] * seen[1].sum(axis=1)
         area = [rows[layout.positions(rank)].sum() for rank in range(4)]
         return float(max(area) / np.mean(area))
@@ -218,7 +218,7 @@ def test_work_in_whole_tiles() -> None:
     documents = documents_of(lengths)
     stream = StreamMetadata(documents, None, documents.max_length)
     in_tiles, in_pairs = (
-        place(("balanced", "balanced"), Batch(stream, stream, Causal(), 4, rows))[0] for rows in (tile, None)
+        place(("balanced", "balanced"), stream, stream, Causal(), 4, tile=rows)[0] for rows in (tile, None)
     )
     assert level(in_tiles) <= 1.06
     assert level(in_pairs) > 1.2, "negative control: level in pairs is not level in tiles"
@@ -230,7 +230,7 @@ def test_padding_weighs_nothing() -> None:
     real[0, :300] = True
     real[1, 100:300] = True
     stream, _ = dense_streams("sbhd", {}, {"max_seqlen_q": 400, "max_seqlen_kv": None}, real)
-    layout = place(("balanced", "balanced"), Batch(stream, stream, Causal(), 4))[0]
+    layout = place(("balanced", "balanced"), stream, stream, Causal(), 4)[0]
     rows = np.zeros(400, dtype=np.int64)
     rows[:300] += np.arange(1, 301)
     rows[100:300] += np.arange(1, 201)
@@ -243,8 +243,8 @@ def test_keys_of_cross_attention_lie_beside_their_queries() -> None:
     streams = [StreamMetadata(documents, None, documents.max_length) for documents in (queries, keys)]
     seen = dense(Full().bands(queries, keys), 160, 200)
 
-    def received(placing: Placing) -> int:
-        own, theirs = place((placing, placing), Batch(streams[0], streams[1], Full(), 4))
+    def received(spec: LayoutSpec) -> int:
+        own, theirs = place((spec, spec), streams[0], streams[1], Full(), 4)
         total = 0
         for rank in range(4):
             rows, held = own.positions(rank), theirs.positions(rank)
@@ -255,7 +255,7 @@ def test_keys_of_cross_attention_lie_beside_their_queries() -> None:
         return total
 
     assert received("balanced") < 0.7 * received("zigzag")
-    own, theirs = place(("zigzag", "balanced"), Batch(streams[0], streams[1], Full(), 4))
+    own, theirs = place(("zigzag", "balanced"), streams[0], streams[1], Full(), 4)
     assert (own.name, theirs.name) == ("zigzag", "balanced")
 
 
@@ -283,6 +283,6 @@ def test_what_cannot_be_is_refused() -> None:
         placed([4], 2, "even")
     queries, keys = (StreamMetadata(documents_of(lengths), None, 9) for lengths in ([4, 5], [9, 1]))
     with pytest.raises(UnsupportedError, match="no meaning across two streams"):
-        place((Balanced({Chunked(4): 1}),) * 2, Batch(queries, keys, Full(), 2))
+        place((Balanced({Chunked(4): 1}),) * 2, queries, keys, Full(), 2)
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         CPConfig(tile=0)

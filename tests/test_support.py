@@ -28,7 +28,8 @@ from cphandler import (
 )
 from cphandler.cli.app import app
 from cphandler.cli.support import MASKS, as_markdown, built_in
-from cphandler.handler.capabilities import FEATURES, FORMATS, LAYOUTS
+from cphandler.handler.capabilities import FEATURES, FORMATS
+from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing import RankPool, partition_group
 from cphandler.testing.cases import Batch, Case, group_of, handler_class
 from cphandler.testing.laws import check_all, check_determinism

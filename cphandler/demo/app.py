@@ -19,7 +19,7 @@ from cphandler.demo.corpus import packed_batches
 from cphandler.demo.report import Comparison, compare, print_table, write_json, write_plot
 from cphandler.demo.training import RunResult, RunSettings, train
 from cphandler.errors import InvalidValueError
-from cphandler.handler.capabilities import LAYOUTS
+from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing import RankPool, partition_group
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cphandler.errors import UnsupportedError
-from cphandler.layouts.layout import Layout
+from cphandler.layouts.layout import LEVEL_LAYOUTS, Layout
 
 FEATURES: dict[str, str] = {
     "softmax_scale": "a factor on the scores",
@@ -30,7 +30,6 @@ _INSTEAD: dict[str, str] = {
     "ulysses_degree": "leave it None, or use the usp backend",
 }
 
-LAYOUTS = ("zigzag", "contiguous", "striped", "balanced", "replicated")
 FORMATS = ("sbhd", "bshd", "thd")
 
 COMMON = frozenset(FEATURES) - {"own_attention", "gradient_wire_dtype", "ulysses_degree"}
@@ -48,7 +47,7 @@ class Capabilities:
         instead: the way out where a feature is missing, by name.
     """
 
-    layouts: tuple[str, ...] = ("zigzag", "contiguous", "striped", "balanced")
+    layouts: tuple[str, ...] = LEVEL_LAYOUTS
     formats: tuple[str, ...] = FORMATS
     features: frozenset[str] = COMMON
     instead: Mapping[str, str] | None = None

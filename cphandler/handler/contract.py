@@ -14,7 +14,7 @@ from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
-from cphandler.layouts.placement import Placing
+from cphandler.layouts.placement import LayoutSpec
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
 from cphandler.sharding.shard import Fragments
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
 """Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
 
-LayoutSource: TypeAlias = "Placing | tuple[Placing, Placing] | None"
+LayoutSource: TypeAlias = "LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None"
 """What ``layout=`` takes; a pair is for the query and the key stream of cross attention."""
 
 FreqsMode: TypeAlias = Literal["per_document", "packed"]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from cphandler.comm.consistency import Agreement, digest, kind_of, shortened, shown
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
-from cphandler.handler.capabilities import LAYOUTS, Capabilities
+from cphandler.handler.capabilities import Capabilities
 from cphandler.handler.contract import ContextParallelHandler, FreqsMode, LayoutSource, check_stream
-from cphandler.layouts.layout import Layout
-from cphandler.layouts.placement import Batch, place
+from cphandler.layouts.layout import LAYOUTS, Layout
+from cphandler.layouts.placement import place
 from cphandler.sharding.dispatch import GradMode, as_movable, combine_rows, dispatch_rows, filler, restored
 from cphandler.sharding.order import SequenceOrder
 from cphandler.sharding.roll import RollRoute, roll, roll_route
@@ -54,7 +54,7 @@ class RowsHandler(ContextParallelHandler):
                 fix="pass one layout; cu_seqlens_kv or max_seqlen_kv make a key stream",
             )
         asked = [self.default_layout if source is None else source for source in sources]
-        layouts = place((asked[0], asked[1]), self._batch())
+        layouts = place((asked[0], asked[1]), *self._metadata(), self.mask, self.cp_size, tile=self.config.tile)
         self._check_one_rank(layouts[0])
         queries = Stream(self.documents, layouts[0], self.cp_rank, self.padded_rows)
         keys = queries
@@ -73,13 +73,13 @@ class RowsHandler(ContextParallelHandler):
         self.join()
         self._pair.bands(self.mask)  # a mask that does not fit the batch is refused here
 
-    def _batch(self) -> Batch:
-        """What placing tokens depends on."""
+    def _metadata(self) -> tuple[StreamMetadata, StreamMetadata]:
+        """The query and the key stream; the same object twice for self attention."""
         queries = StreamMetadata(self.documents, self.padded_rows, self.max_seqlen_q)
         keys = queries
         if self.is_cross_attention:
             keys = StreamMetadata(self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv)
-        return Batch(queries, keys, self.mask, self.cp_size, self.config.tile)
+        return queries, keys
 
     def _check_one_rank(self, layout: Layout) -> None:
         if self.cp_size == 1 and not layout.keeps_global_order:

@@ -9,7 +9,7 @@ from cphandler.tokens.bands import K0, K1, Q0, Q1, tightened
 from cphandler.tokens.intervals import Table, expand, offsets_of, overlaps, table
 
 
-def beside(queries: Layout, bands: Table, num_keys: int) -> Layout:
+def place_keys(queries: Layout, bands: Table, num_keys: int) -> Layout:
     """Place key rows beside the queries that see them.
 
     The keys of a band are dealt to the ranks in proportion to the rows they hold of its queries. What is more than a

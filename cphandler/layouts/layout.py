@@ -298,13 +298,29 @@ def replicated(offsets: Table, cp_size: int) -> Layout:
     return Layout("replicated", total, [[(0, total, 1)]] * cp_size, num_local_tokens=total, replicated=True)
 
 
-LAYOUTS: dict[str, Callable[[Table, int], Layout]] = {
+BALANCED = "balanced"
+"""Name of the layout that follows from masks too."""
+
+BUILDERS: dict[str, Callable[[Table, int], Layout] | None] = {
     "zigzag": zigzag,
     "contiguous": contiguous,
     "striped": striped,
+    BALANCED: None,
     "replicated": replicated,
 }
-"""Layouts by name: functions of the physical offsets and the number of ranks."""
+"""The library's layouts by name: functions of the physical offsets and the number of ranks; None for the one that
+:mod:`cphandler.layouts.placement` makes."""
+
+LAYOUTS = tuple(BUILDERS)
+"""Names of the library's layouts."""
+
+LEVEL_LAYOUTS = tuple(name for name in LAYOUTS if name != "replicated")
+"""Names of those that give every rank its share of the tokens, ``ceil(S / P)`` rows."""
+
+
+def layout_name(name: str) -> str:
+    """A layout's name as the registry spells it: any case will do, and ``-`` for ``_``."""
+    return name.strip().lower().replace("-", "_")
 
 
 def make_layout(layout: str | Layout, offsets: Table, cp_size: int) -> Layout:
@@ -324,11 +340,14 @@ def make_layout(layout: str | Layout, offsets: Table, cp_size: int) -> Layout:
         return layout
     if not isinstance(layout, str):
         raise InvalidTypeError("layout must be a name or a Layout", got=type(layout).__name__)
-    build = LAYOUTS.get(layout.lower().replace("-", "_"))
+    name = layout_name(layout)
+    if name not in BUILDERS:
+        raise InvalidValueError(
+            "unknown layout", got=repr(layout), fix=f"choose one of {', '.join(sorted(LAYOUTS))}, or pass a Layout"
+        )
+    build = BUILDERS[name]
     if build is None:
         raise InvalidValueError(
-            "unknown layout",
-            got=repr(layout),
-            fix=f"choose one of {', '.join(sorted([*LAYOUTS, 'balanced']))}, or pass a Layout",
+            "offsets alone make no such layout", got=repr(layout), fix="plan_batch makes it from a mask as well"
         )
     return build(offsets, cp_size)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.layouts.balance import balanced
-from cphandler.layouts.keys import beside
-from cphandler.layouts.layout import Layout, make_layout
+from cphandler.layouts.keys import place_keys
+from cphandler.layouts.layout import BALANCED, Layout, layout_name, make_layout
 from cphandler.layouts.workload import Workload
 from cphandler.tokens.bands import Q0, shifted
 from cphandler.tokens.intervals import Table
@@ -54,75 +54,72 @@ class Balanced:
         object.__setattr__(self, "masks", tuple(given.items()))
 
 
-Placing: TypeAlias = "str | Layout | Balanced"
-"""How tokens are to be placed."""
+LayoutSpec: TypeAlias = "str | Layout | Balanced"
+"""How one stream's tokens are to be placed: a name out of :data:`cphandler.layouts.layout.LAYOUTS`, or a value."""
 
 
-class Batch(NamedTuple):
-    """What placing tokens depends on.
+def place(
+    specs: tuple[LayoutSpec, LayoutSpec],
+    queries: StreamMetadata,
+    keys: StreamMetadata,
+    mask: Mask,
+    cp_size: int,
+    *,
+    tile: int | None = None,
+) -> tuple[Layout, Layout]:
+    """The layouts of the query and the key stream; the same object twice for self attention.
 
-    Attributes:
+    Args:
+        specs: what was asked for the query and the key stream; for self attention the first counts.
         queries: the query stream.
         keys: the key stream; the same object for self attention.
         mask: who sees whom.
         cp_size: ranks P.
         tile: rows of the kernel's tile, that work is rounded up to; None counts pairs.
-    """
-
-    queries: StreamMetadata
-    keys: StreamMetadata
-    mask: Mask
-    cp_size: int
-    tile: int | None = None
-
-    def bands(self, mask: Mask) -> Table:
-        """A mask's bands over one row of the batch; those of all its rows, one on the other, where they are padded."""
-        documents, padded = (self.queries.documents, self.keys.documents), self.queries.padded_rows
-        if padded is None or self.keys.padded_rows is None:
-            return visible_bands(mask, documents, None)
-        bands = visible_bands(mask, documents, (padded, self.keys.padded_rows))
-        queries, keys = (stream.num_tokens for stream in documents)
-        row = bands[:, Q0] // max(queries, 1)
-        return shifted(bands, -row * queries, -row * keys)
-
-    @property
-    def is_crossing(self) -> bool:
-        """Whether keys are a stream of their own."""
-        return self.keys is not self.queries
-
-
-def place(placings: tuple[Placing, Placing], batch: Batch) -> tuple[Layout, Layout]:
-    """The layouts of the query and the key stream; the same object twice for self attention.
 
     Raises:
         InvalidTypeError: neither a name, a Layout nor a mix.
         InvalidValueError: an unknown name, a Layout of another batch, or a mask that does not fit the documents.
         UnsupportedError: a mask that has no meaning across two streams.
     """
-    mixes = [_mix(placing, batch) for placing in placings]
-    queries, keys = batch.queries.documents, batch.keys.documents
-    if mixes[0] is None:
-        own = make_layout(_known(placings[0]), queries.offsets, batch.cp_size)
+    crossing = keys is not queries
+    own = _level_bands(specs[0], queries, keys, mask)
+    if own is None:
+        layout = make_layout(_known(specs[0]), queries.documents.offsets, cp_size)
     else:
-        work = Workload.of(queries.num_tokens, mixes[0], tile=batch.tile, crossing=batch.is_crossing)
-        own = balanced(work, batch.cp_size)
-    if not batch.is_crossing:
-        return own, own
-    if mixes[1] is None:
-        return own, make_layout(_known(placings[1]), keys.offsets, batch.cp_size)
-    return own, beside(own, np.concatenate([bands for bands, _ in mixes[1]]), keys.num_tokens)
+        work = Workload.of(queries.documents.num_tokens, own, tile=tile, crossing=crossing)
+        layout = balanced(work, cp_size)
+    if not crossing:
+        return layout, layout
+    theirs = _level_bands(specs[1], queries, keys, mask)
+    if theirs is None:
+        return layout, make_layout(_known(specs[1]), keys.documents.offsets, cp_size)
+    seen = np.concatenate([bands for bands, _ in theirs])
+    return layout, place_keys(layout, seen, keys.documents.num_tokens)
 
 
-def _mix(placing: Placing, batch: Batch) -> list[tuple[Table, int]] | None:
+def _level_bands(
+    spec: LayoutSpec, queries: StreamMetadata, keys: StreamMetadata, mask: Mask
+) -> list[tuple[Table, int]] | None:
     """The bands to be level over, and their weights; None where another layout is asked for."""
-    if isinstance(placing, str) and placing.lower().replace("-", "_") == "balanced":
-        placing = Balanced()
-    if not isinstance(placing, Balanced):
+    if isinstance(spec, str) and layout_name(spec) == BALANCED:
+        spec = Balanced()
+    if not isinstance(spec, Balanced):
         return None
-    return [(batch.bands(mask), weight) for mask, weight in placing.masks or ((batch.mask, 1),)]
+    return [(_bands_of_a_row(each, queries, keys), weight) for each, weight in spec.masks or ((mask, 1),)]
 
 
-def _known(placing: Placing) -> str | Layout:
+def _bands_of_a_row(mask: Mask, queries: StreamMetadata, keys: StreamMetadata) -> Table:
+    """A mask's bands over one row of the batch; those of all its rows, one on the other, where they are padded."""
+    documents = queries.documents, keys.documents
+    if queries.padded_rows is None or keys.padded_rows is None:
+        return visible_bands(mask, documents, None)
+    bands = visible_bands(mask, documents, (queries.padded_rows, keys.padded_rows))
+    row = bands[:, Q0] // max(documents[0].num_tokens, 1)
+    return shifted(bands, -row * documents[0].num_tokens, -row * documents[1].num_tokens)
+
+
+def _known(spec: LayoutSpec) -> str | Layout:
     """A name or a Layout, for those who know no masks."""
-    assert not isinstance(placing, Balanced)
-    return placing
+    assert not isinstance(spec, Balanced)
+    return spec

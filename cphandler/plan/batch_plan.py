@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
-from cphandler.layouts.placement import Batch, Placing, place
-from cphandler.plan.cost import Load, load
+from cphandler.layouts.placement import LayoutSpec, place
+from cphandler.plan.cost import RankCost, rank_cost
 from cphandler.plan.plan import Plan, make_plan, ring_hops
 from cphandler.plan.tasks import task_counts, visibility
 from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.intervals import Table
-from cphandler.tokens.masks import Mask, make_mask
+from cphandler.tokens.masks import Mask, make_mask, visible_bands
 from cphandler.tokens.metadata import StreamMetadata
 
 COMM_TYPES = ("p2p", "ring", "all_gather")
@@ -36,7 +36,7 @@ def plan_batch(
     cu_seqlens: Offsets,
     cp_size: int,
     *,
-    layout: Placing = "zigzag",
+    layout: LayoutSpec = "zigzag",
     mask: str | Mask = "causal",
     cu_seqlens_padded: Offsets | None = None,
     cp_comm_type: str = "p2p",
@@ -73,11 +73,11 @@ def plan_batch(
         )
     documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
     stream = StreamMetadata(documents, None, documents.max_length)
-    batch = Batch(stream, stream, make_mask(mask), cp_size, tile)
+    seen = make_mask(mask)
     started = time.perf_counter()
-    made, _ = place((layout, layout), batch)
+    made, _ = place((layout, layout), stream, stream, seen, cp_size, tile=tile)
     seconds = time.perf_counter() - started
-    return BatchPlan(documents, batch.mask, made, comm_type, batch.bands(batch.mask), seconds)
+    return BatchPlan(documents, seen, made, comm_type, visible_bands(seen, (documents, documents), None), seconds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,9 +121,9 @@ class BatchPlan:
         return make_plan(self.bands, self.layout, self.layout, rank, ring=ring, direct=direct)
 
     @cached_property
-    def load(self) -> Load:
+    def load(self) -> RankCost:
         """The attention area of each rank, and the key rows of others that its queries see."""
-        return load(self.bands, self.layout, self.layout)
+        return rank_cost(self.bands, self.layout, self.layout)
 
     def stats(
         self,

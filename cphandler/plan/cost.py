@@ -1,4 +1,4 @@
-"""The load of each rank: the attention it computes, and the key rows that it needs from others.
+"""What falls to each rank: the attention it computes, and the key rows that it needs from others.
 
 Counted from bands and spans without listing a task, so that layouts can be compared at any number of ranks.
 """
@@ -15,7 +15,7 @@ from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
 from cphandler.tokens.intervals import Table, expand, offsets_of
 
 
-class Load(NamedTuple):
+class RankCost(NamedTuple):
     """What falls to each rank; both columns are ``[P]``.
 
     Attributes:
@@ -35,7 +35,7 @@ class _Runs(NamedTuple):
     stops: Table
 
 
-def load(bands: Table, queries: Layout, keys: Layout) -> Load:
+def rank_cost(bands: Table, queries: Layout, keys: Layout) -> RankCost:
     """Count what falls to each rank.
 
     Args:
@@ -58,7 +58,7 @@ def load(bands: Table, queries: Layout, keys: Layout) -> Load:
         np.add.at(rows, runs.ranks, runs.stops - runs.starts)
         for spans in keys.tables(ranks):
             np.subtract.at(rows, runs.ranks, _held(runs, spans, keys.num_tokens))
-    return Load(area, rows)
+    return RankCost(area, rows)
 
 
 def _bounds(pieces: Pieces) -> tuple[Table, Table]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cphandler.attention.loop import AttentionResult
 from cphandler.handler.contract import ContextParallelHandler, FreqsMode
+from cphandler.layouts.layout import LEVEL_LAYOUTS
 from cphandler.testing.cases import (
     Case,
     Data,
@@ -35,9 +36,6 @@ from cphandler.testing.reference import (
 from cphandler.testing.tolerance import assert_close
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.masks import Mask
-
-LEVEL = ("zigzag", "contiguous", "striped", "balanced")
-"""Layouts of the library that give every rank ``ceil(S / P)`` rows."""
 
 Stage = Literal["construction", "call"]
 """Where a handler refuses what it does not serve."""
@@ -246,7 +244,7 @@ def check_round_trip(case: Case) -> None:
     handler = make_handler(case, group)
     for stream in case.streams:
         rows, local_rows = documents_of(case, stream).num_tokens, _rows(handler, stream)
-        if case.layout_of(stream) in LEVEL:
+        if case.layout_of(stream) in LEVEL_LAYOUTS:
             assert local_rows == -(-rows // case.cp_size), f"shares are not level: {case}"
         for x in _of_every_kind(rows, seed):
             for dim in range(x.dim()):

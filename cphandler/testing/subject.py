@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cphandler.config import CPConfig
-from cphandler.handler.capabilities import FORMATS, LAYOUTS, Capabilities
+from cphandler.handler.capabilities import FORMATS, Capabilities
 from cphandler.handler.contract import ContextParallelHandler
+from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing.cases import Case, handler_class
 from cphandler.testing.laws import Stage, hold_all
 from cphandler.testing.pool import RankPool
