@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
-from cphandler.attention.options import OptionalArguments
-from cphandler.errors import InvalidValueError
-from cphandler.handler.capabilities import Capabilities
-from cphandler.handler.contract import LayoutSource
+from cphandler.attention.attention import Attention
+from cphandler.attention.capabilities import Capabilities
+from cphandler.attention.layered import LayeredAttention
+from cphandler.errors import InvalidTypeError
+from cphandler.handler.contract import ContextParallelHandler
 from cphandler.handler.layout_handler import LayoutHandler
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class LayeredHandler(LayoutHandler):
-    """Hands each layer's attention to the handler class of its comm type; all of them share streams, plans and groups.
+    """One batch whose attention is another algorithm in each layer.
 
     Made by :func:`layered`. ``layer_number`` counts from 1, as in Megatron, and every call must name it.
     """
@@ -27,36 +23,52 @@ class LayeredHandler(LayoutHandler):
     classes: ClassVar[tuple[type[LayoutHandler], ...]] = ()
     """One per layer."""
 
-    def prepare(self, layout: LayoutSource) -> None:
-        """Cut the documents once, and let every class refuse what it does not serve."""
-        super().prepare(layout)
-        shared = {handler_cls: self.shared_as(handler_cls) for handler_cls in dict.fromkeys(self.classes)}
-        self._layers = [shared[handler_cls] for handler_cls in self.classes]
+    comm_types: ClassVar[tuple[str, ...]] = ()
+    """Its name for each layer."""
 
-    def core_attn(
-        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
-    ) -> Any:
-        """See :meth:`ContextParallelHandler.core_attn`."""
-        number = options.get("layer_number")
-        if not isinstance(number, int) or not 1 <= number <= len(self._layers):
-            error = InvalidValueError(
-                "a handler with one algorithm per layer needs layer_number",
-                got=repr(number),
-                fix=f"pass layer_number=1 to {len(self._layers)}; layers count from 1",
-            )
-            self.agree("core_attn", error)
-            raise error
-        return self._layers[number - 1].core_attn(attn_mod, query, key, value, **options)
+    @property
+    def algorithm(self) -> str:
+        """The comm type of every layer."""
+        return f"{type(self).__name__} {' '.join(handler_cls.__name__ for handler_cls in self.classes)}"
+
+    def make_attention(self) -> Attention:
+        """Let every class set itself up over the shards once, and refuse what it does not serve."""
+        shared = {
+            handler_cls: handler_cls.attention_over(self, served_elsewhere=frozenset({"ulysses_degree"}))
+            for handler_cls in dict.fromkeys(self.classes)
+        }
+        layers = [shared[handler_cls] for handler_cls in self.classes]
+        return LayeredAttention(self, type(self).__name__, self.capabilities, layers)
 
 
 @lru_cache
-def layered(classes: tuple[type[LayoutHandler], ...]) -> type[LayeredHandler]:
-    """The class with these algorithms, one per layer; one and the same class for one and the same list."""
-    tables = [handler_cls.capabilities for handler_cls in classes]
+def layered(
+    classes: tuple[type[ContextParallelHandler], ...], comm_types: tuple[str, ...]
+) -> type[ContextParallelHandler]:
+    """The class with these algorithms, one per layer, and their names; the same class for the same list.
+
+    Raises:
+        InvalidTypeError: a class with a layout or a ``core_attn`` of its own.
+    """
+    own = tuple(_sharing(handler_cls, comm_type) for handler_cls, comm_type in zip(classes, comm_types, strict=True))
+    tables = [handler_cls.capabilities for handler_cls in own]
     layouts = tuple(name for name in tables[0].layouts if all(name in table.layouts for table in tables))
     features = frozenset.intersection(*(table.features for table in tables))
     features |= {"ulysses_degree"} if any("ulysses_degree" in table.features for table in tables) else set()
     table = Capabilities(layouts=layouts, features=features)
-    two_level = any(handler_cls.two_level for handler_cls in classes)
-    facts = {"classes": classes, "capabilities": table, "two_level": two_level}
+    two_level = any(handler_cls.two_level for handler_cls in own)
+    facts = {"classes": own, "comm_types": comm_types, "capabilities": table, "two_level": two_level}
     return type("LayeredHandler", (LayeredHandler,), facts)
+
+
+def _sharing(handler_cls: type[ContextParallelHandler], comm_type: str) -> type[LayoutHandler]:
+    """A class that can share a batch with others."""
+    if not issubclass(handler_cls, LayoutHandler) or any(
+        getattr(handler_cls, name) is not getattr(LayoutHandler, name) for name in ("prepare", "core_attn")
+    ):
+        raise InvalidTypeError(
+            "only handlers that leave the layout and core_attn to the library can share a batch from layer to layer",
+            got=f"{handler_cls.__name__} for {comm_type!r}",
+            fix="give the class an Attention of its own (attention_cls) instead of prepare() and core_attn()",
+        )
+    return handler_cls

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-
-from cphandler.attention.options import OptionalArguments
+from cphandler.attention.attention import Attention
+from cphandler.attention.capabilities import COMMON, Capabilities
 from cphandler.errors import InvalidValueError
-from cphandler.handler.capabilities import COMMON, Capabilities
-from cphandler.handler.contract import LayoutSource
 from cphandler.handler.layout_handler import LayoutHandler
 from cphandler.layouts.layout import LAYOUTS
+from cphandler.layouts.placement import LayoutSpec
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+
+class WholeAttention(Attention):
+    """Every document is here."""
+
+    whole = True
 
 
 class LocalHandler(LayoutHandler):
-    """A group of one rank, or no group at all."""
+    """A group of one rank, or no group at all; takes callables."""
 
     comm_type = "none"
     default_layout = "contiguous"
     capabilities = Capabilities(layouts=LAYOUTS, features=COMMON | {"own_attention"})
+    attention_cls = WholeAttention
 
-    def prepare(self, layout: LayoutSource) -> None:
+    def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
         """Refuse more than one rank.
 
         Raises:
@@ -37,10 +37,3 @@ class LocalHandler(LayoutHandler):
                 fix='choose how ranks communicate: get_cp_handler_cls("local", "a2a"), "ring" or "all_gather"',
             )
         super().prepare(layout)
-
-    def core_attn(
-        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
-    ) -> Any:
-        """See :meth:`ContextParallelHandler.core_attn`; takes callables."""
-        call = self.attention_call(attn_mod, (query, key, value), options, exchange="whole")
-        return self.result(call, self.attend_whole(call))

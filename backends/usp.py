@@ -1,68 +1,65 @@
-"""Ulysses x ring: heads split inside, keys exchanged outside (USP, arXiv 2405.07719)."""
+"""Ulysses x ring: heads are split inside a small group, keys travel between groups (USP, arXiv 2405.07719)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from torch import Tensor
-
+from cphandler.attention.attention import Attention
 from cphandler.attention.call import AttentionCall
+from cphandler.attention.capabilities import COMMON, Capabilities
 from cphandler.attention.head_parallel import InnerUnions, check_heads
-from cphandler.attention.options import OptionalArguments
-from cphandler.attention.plans import Site
+from cphandler.attention.loop import AttentionResult
+from cphandler.attention.plans import Plans
 from cphandler.comm.groups import two_levels
-from cphandler.handler.capabilities import COMMON, Capabilities
 from cphandler.handler.layout_handler import LayoutHandler
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 WAY_OUT = "use an inner group (CPConfig.ulysses_degree, or the mesh's inner dim) of {sizes} ranks"
+
+
+class USPAttention(Attention):
+    """Heads for tokens inside the inner group, around an exchange between the groups."""
+
+    def set_up(self) -> None:
+        """Split the group."""
+        host, shards = self.host, self.host.shards
+        self.capabilities.require_stride_one(self.name, shards.queries.layout, shards.keys.layout)
+        self._levels = two_levels(host.ranks, host.config.ulysses_degree)
+        self._unions = InnerUnions(shards, self._levels)
+
+    def check_call(self, call: AttentionCall) -> None:
+        """Refuse heads that do not divide."""
+        check_heads(call, self._levels.inner.size, "the inner group", WAY_OUT)
+
+    def make_plans(self, ordered: bool) -> Plans:
+        """The exchange runs between the unions of inner shards."""
+        alone = self._levels.inner.size == 1
+        return super().make_plans(ordered) if alone else self._unions.plans(self.exchange)
+
+    def compute(self, call: AttentionCall) -> AttentionResult:
+        """See :meth:`Attention.compute`."""
+        if self._levels.inner.size == 1:
+            return self.attend(call)
+        heads = self._unions.heads(call.q.device)
+        return heads.gather(call, self.attend(heads.scatter(call)))
 
 
 class USPHandler(LayoutHandler):
     """Rank ``p * A + a`` trades tokens for heads with the A ranks of its ``p``, then keys with the ranks of its ``a``.
 
-    A 2-D (outer, inner) mesh, or a flat group and ``CPConfig.ulysses_degree``, says what A is. Rows are sent straight
-    to the ranks that need them (``outer = "p2p"``) or go round the ring (``outer = "ring"``).
+    A 2-D (outer, inner) mesh, or a flat group and ``CPConfig.ulysses_degree``, says what A is. Between the groups rows
+    are sent straight to the ranks that need them.
     """
 
     comm_type = "a2a+p2p"
     two_level = True
-    outer: ClassVar[str] = "p2p"
+    exchange = "p2p"
     capabilities = Capabilities(
         layouts=("zigzag", "contiguous", "balanced"), features=COMMON | {"gradient_wire_dtype", "ulysses_degree"}
     )
-
-    def join(self) -> None:
-        """Split the group."""
-        self.capabilities.require_stride_one(type(self).__name__, self.layout, self.kv_layout)
-        self._levels = two_levels(self._group, self.config.ulysses_degree)
-        self._unions = InnerUnions(self._pair, self._levels)
-
-    def make_site(self, exchange: str, ordered: bool) -> Site:
-        """The outer exchange runs between the unions of inner shards."""
-        alone = self._levels.inner.size == 1
-        return super().make_site(exchange, ordered) if alone else self._unions.site(exchange)
-
-    def core_attn(
-        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
-    ) -> Any:
-        """See :meth:`ContextParallelHandler.core_attn`."""
-        tensors = query, key, value
-        call = self.attention_call(attn_mod, tensors, options, exchange=self.outer, check=self._check_heads)
-        if self._levels.inner.size == 1:
-            return self.result(call, self.attend(call))
-        heads = self._unions.heads(self.pad_rows(call.q.device))
-        return self.result(call, heads.gather(call, self.attend(heads.scatter(call))))
-
-    def _check_heads(self, call: AttentionCall) -> None:
-        check_heads(call, self._levels.inner.size, "the inner group", WAY_OUT)
+    attention_cls = USPAttention
 
 
 class USPRingHandler(USPHandler):
     """Ulysses inside, the ring outside."""
 
     comm_type = "a2a+ring"
-    outer = "ring"
+    exchange = "ring"
     capabilities = Capabilities(layouts=("zigzag", "contiguous", "balanced"), features=COMMON | {"ulysses_degree"})

@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cphandler.attention.attention import Attention
+    from cphandler.attention.call import AttentionCall
+    from cphandler.attention.capabilities import COMMON, FEATURES, Capabilities
+    from cphandler.attention.exchange import Exchange, register_exchange
     from cphandler.attention.loop import AttentionResult
     from cphandler.attention.options import AttentionModule, AttentionOptions, CoreAttention
     from cphandler.comm.collectives import Traffic, record_traffic
@@ -25,11 +29,12 @@ if TYPE_CHECKING:
     from cphandler.handler.contract import ContextParallelHandler
     from cphandler.handler.factory import available_cp_handlers, get_cp_handler_cls, register_cp_handler
     from cphandler.handler.layout_handler import LayoutHandler
+    from cphandler.kernels import Kernel, register_kernel
     from cphandler.kernels import merge_attention as merge
     from cphandler.layouts.layout import Layout
     from cphandler.layouts.placement import Balanced
     from cphandler.plan.batch_plan import BatchPlan, PlanStats, plan_batch
-    from cphandler.sharding.shard import Fragments
+    from cphandler.sharding.shard import EngineShard, Fragments
     from cphandler.tokens.documents import Documents
     from cphandler.tokens.masks import (
         AcrossDocuments,
@@ -52,7 +57,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "COMMON",
+    "FEATURES",
     "AcrossDocuments",
+    "Attention",
+    "AttentionCall",
     "AttentionModule",
     "AttentionOptions",
     "AttentionResult",
@@ -62,15 +71,19 @@ __all__ = [
     "BlockCausal",
     "CPConfig",
     "CPError",
+    "Capabilities",
     "Causal",
     "Chunked",
     "ContextParallelHandler",
     "CoreAttention",
     "Documents",
+    "EngineShard",
+    "Exchange",
     "Fragments",
     "Full",
     "InvalidTypeError",
     "InvalidValueError",
+    "Kernel",
     "Layout",
     "LayoutHandler",
     "Mask",
@@ -94,10 +107,22 @@ __all__ = [
     "plan_batch",
     "record_traffic",
     "register_cp_handler",
+    "register_exchange",
+    "register_kernel",
     "unpack_documents",
 ]
 
 _MODULES: dict[str, str] = {
+    "Attention": "attention.attention",
+    "AttentionCall": "attention.call",
+    "COMMON": "attention.capabilities",
+    "FEATURES": "attention.capabilities",
+    "Capabilities": "attention.capabilities",
+    "Exchange": "attention.exchange",
+    "register_exchange": "attention.exchange",
+    "Kernel": "kernels",
+    "register_kernel": "kernels",
+    "EngineShard": "sharding.shard",
     "AcrossDocuments": "tokens.masks",
     "AttentionModule": "attention.options",
     "AttentionOptions": "attention.options",

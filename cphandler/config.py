@@ -13,7 +13,7 @@ class CPConfig(BaseModel):
     Attributes:
         kernel: what computes attention: ``"auto"`` (the fastest one for the device and dtype),
             ``"torch"`` (the flash kernels inside torch), ``"reference"`` (dense arithmetic), or a name
-            registered with :func:`cphandler.kernels.register_kernel`.
+            registered with :func:`cphandler.register_kernel`.
         deterministic: use only kernels whose results have the same bits in two runs. The CPU kernels always do;
             torch's CUDA kernels do not in their backward pass.
         check_consistency: when to compare the batch across ranks before the first exchange: for every

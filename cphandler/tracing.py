@@ -20,7 +20,7 @@ _calls: dict[str, Callable[..., Any]] = {}
 _kept_out: set[str] = set()
 
 
-def eager(function: Callable[P, T]) -> Callable[P, T]:
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
     """Mark a function that never belongs into a graph: a compiled model breaks its graph around it."""
     name = f"{function.__module__}.{function.__qualname__}"
     _calls[name] = function

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler import Causal, record_traffic
-from cphandler.attention.loop import Indices, Terms, attention
+from cphandler.attention.loop import Indices, Scalars, attention
 from cphandler.comm.collectives import all_gather, all_to_all, exchange_rows, post, reduce_scatter, ring_shift
 from cphandler.layouts.layout import make_layout
 from cphandler.plan.plan import make_plan
 from cphandler.sharding.heads import HeadSplit, gather_heads_scatter_seq, gather_seq_scatter_heads
-from cphandler.sharding.shard import Stream
+from cphandler.sharding.shard import Shard
 from cphandler.testing import RankPool, partition_group
 from cphandler.tokens.documents import Documents
 
@@ -151,13 +151,13 @@ def compiled_case() -> None:
         return graph.forward
 
     def model(q: Tensor, k: Tensor, v: Tensor, plan: Tensor) -> Tensor:
-        return attention(q * 2, k, v, plan, Terms(0.5, "torch", "ring", name))[0] * 3
+        return attention(q * 2, k, v, plan, Scalars(0.5, "torch", "ring", name))[0] * 3
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for lengths in ([12, 4], [7, 9]):
         documents = Documents.from_cu_seqlens([0, lengths[0], 16])
         layout = make_layout("zigzag", documents.offsets, 2)
-        plan = make_plan(Causal().bands(documents, documents), layout, layout, rank, ring=True).to_tensor()
+        plan = make_plan(Causal().bands(documents, documents), layout, layout, rank, needs="hops").to_tensor()
         torch._dynamo.mark_dynamic(plan, 0)
         q, k, v = (torch.randn(1, 8, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
         grad = torch.randn(1, 8, 4, 8, dtype=torch.float64)
@@ -166,7 +166,7 @@ def compiled_case() -> None:
         assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
     assert len(graphs) == 1
 
-    order = Stream(documents, layout, rank).order(torch.device("cpu"))
+    order = Shard(documents, layout, rank).order(torch.device("cpu"))
     split = HeadSplit.of(4, 1, 2)
 
     def reshard(q: Tensor, k: Tensor) -> Tensor:
@@ -193,10 +193,10 @@ def test_operators_satisfy_torchs_own_checks() -> None:
     q, k, v = (torch.randn(1, 9, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     ids = torch.arange(9)
-    terms = Terms(0.4, "reference", softcap=5.0, dropout_p=0.3, dropout_seed=4, tokens=(9, 9))
+    terms = Scalars(0.4, "reference", softcap=5.0, dropout_p=0.3, dropout_seed=4, tokens=(9, 9))
     inputs = (q, k, v, sinks, plan, *terms.packed(Indices(ids, ids, ids[None])))
     torch.library.opcheck(torch.ops.cphandler.attention_forward.default, inputs)
-    plain = (q, k, v, None, plan, *Terms(0.4, "torch").packed())
+    plain = (q, k, v, None, plan, *Scalars(0.4, "torch").packed())
     torch.library.opcheck(torch.ops.cphandler.attention_forward.default, plain)
     largest = (q.detach(), k.detach(), plan, *terms.packed())
     torch.library.opcheck(torch.ops.cphandler.largest_scores.default, largest)
@@ -208,7 +208,7 @@ def test_a_plan_that_was_written_to_is_unpacked_again() -> None:
     one = make_layout("contiguous", documents[0].offsets, 1)
     first, second = (make_plan(Causal().bands(d, d), one, one, 0).to_tensor() for d in documents)
     q = torch.randn(1, 9, 2, 8)
-    before, wanted = (attention(q, q, q, plan, Terms(0.5, "torch"))[0] for plan in (first, second))
+    before, wanted = (attention(q, q, q, plan, Scalars(0.5, "torch"))[0] for plan in (first, second))
     first.copy_(second)
-    assert torch.equal(attention(q, q, q, first, Terms(0.5, "torch"))[0], wanted)
+    assert torch.equal(attention(q, q, q, first, Scalars(0.5, "torch"))[0], wanted)
     assert not torch.equal(before, wanted)

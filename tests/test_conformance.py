@@ -18,7 +18,7 @@ from torch import Tensor
 
 import cphandler
 import cphandler.testing
-from cphandler import ContextParallelHandler, get_cp_handler_cls
+from cphandler import ContextParallelHandler, EngineShard, get_cp_handler_cls
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch
 from cphandler.testing.laws import check_attention, check_facts, check_roll
@@ -89,15 +89,18 @@ def test_the_librarys_backends_conform(tmp_path: Path, backend: str) -> None:
 
 BROKEN = """
 import torch
+from cphandler import Attention, Capabilities
 from cphandler.backends.ring import RingHandler
-from cphandler.handler.capabilities import Capabilities
+
+
+class Lenient(Attention):
+    def check_batch(self):
+        '''Refuses nothing.'''
 
 
 class Broken(RingHandler):
     capabilities = Capabilities(formats=("sbhd", "thd"))
-
-    def admit(self):
-        '''Refuses nothing.'''
+    attention_cls = Lenient
 
     def combine(self, tensor, seq_dim, *, grad="replicated", stream="q"):
         return super().combine(tensor, seq_dim, stream=stream)  # whatever the gradient means
@@ -155,9 +158,8 @@ class Plain(ContextParallelHandler):
             cp_group=self.group, qkv_format="thd", mask=self.mask, config=self.config, **arguments
         )
 
-    position_ids = property(lambda self: self._engine.position_ids)  # type: ignore[assignment]
-    valid_mask = property(lambda self: self._engine.valid_mask)  # type: ignore[assignment]
-    num_local_tokens = property(lambda self: self._engine.num_local_tokens)  # type: ignore[assignment]
+    def shard(self, stream: str = "q") -> EngineShard:
+        return EngineShard(self._engine.position_ids, self._engine.valid_mask)
 
     def dispatch(self, tensor: Tensor, seq_dim: int, **options: Any) -> Tensor:
         return self._engine.dispatch(tensor, seq_dim, **options)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS: list[set[str]] = [
     {"errors", "config", "precision", "tracing"},
+    {"registry"},
     {"tokens"},
     {"layouts", "kernels", "comm"},
     {"plan", "sharding"},
@@ -87,7 +88,13 @@ def test_files_of_a_folder_import_each_other_in_no_circle(room: str) -> None:
 def test_kernels_know_neither_ranks_nor_transport() -> None:
     for name, path in modules().items():
         if room_of(name) == "kernels":
-            assert {room_of(imported) for imported in imports_of(path)} <= {"kernels", "tokens", "errors", "precision"}
+            assert {room_of(imported) for imported in imports_of(path)} <= {
+                "kernels",
+                "tokens",
+                "errors",
+                "precision",
+                "registry",
+            }
             assert "distributed" not in path.read_text(), name
 
 

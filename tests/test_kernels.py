@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from cphandler.kernels import (
     merge_attention,
     query_states,
     register_kernel,
+    registry,
     select_kernel,
 )
 from cphandler.kernels.kernel import COLUMNS, ROWS, Gradients, Saved
@@ -589,6 +591,17 @@ def test_a_kernel_never_passes_over_an_option() -> None:
             get_kernel("torch", "cpu").forward(q, q, q, [task], softmax, torch.zeros_like(q), torch.zeros(1, 4, 2))
 
 
+@pytest.fixture
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers is gone after it: ``auto`` considers every kernel."""
+    monkeypatch.setattr(registry, "_KERNELS", copy.deepcopy(registry._KERNELS))
+    monkeypatch.setattr(registry, "_PREFERENCES", dict(registry._PREFERENCES))
+    get_kernel.cache_clear()
+    yield
+    get_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("clean_registry")
 def test_deterministic_refuses_kernels_that_are_not() -> None:
     on_gpu = torch.empty(1, 4, 2, 8, device="meta")
     register_kernel("wobbly", "meta", "cphandler.kernels.torch_cuda:TorchCudaKernel")
@@ -597,6 +610,7 @@ def test_deterministic_refuses_kernels_that_are_not() -> None:
         select_kernel("wobbly", on_gpu, on_gpu, on_gpu, deterministic=True)
 
 
+@pytest.mark.usefixtures("clean_registry")
 def test_a_kernel_of_ones_own() -> None:
     register_kernel("mine", "any", "tests.test_kernels:Loud")
     handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], config=CPConfig(kernel="mine"))

@@ -13,7 +13,7 @@ from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import Layout, make_layout
 from cphandler.plan.plan import FROM, Plan, make_plan
 from cphandler.plan.tasks import visibility
-from cphandler.sharding.shard import Stream, StreamPair
+from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.testing import visible_pairs
 from cphandler.tokens.bands import restrict
 from cphandler.tokens.intervals import UNBOUNDED
@@ -57,7 +57,7 @@ def check(
     bands = restrict(mask.bands(queries, keys), queries.runs, keys.runs)
     expected = visible_pairs(mask, queries, key_documents=None if keys is queries else keys).numpy()
     sees = visibility(bands, q_layout, k_layout)
-    plans = [make_plan(bands, q_layout, k_layout, r, ring=not direct, direct=direct) for r in range(cp_size)]
+    plans = [make_plan(bands, q_layout, k_layout, r, needs="stages" if direct else "hops") for r in range(cp_size)]
     assert (sum(pairs_of(plan, q_layout, k_layout) for plan in plans) == expected).all()
     for plan in plans:
         assert [len(plan.tasks_of(owner)) > 0 for owner in range(cp_size)] == sees[plan.rank].tolist()
@@ -131,29 +131,29 @@ def test_own_chunks_are_one_causal_task() -> None:
 def test_windows_and_short_documents_stop_blocks_early() -> None:
     long = Documents.dense(64)
     layout = make_layout("contiguous", long.offsets, 4)
-    window = make_plan(SlidingWindow(3).bands(long, long), layout, layout, 0, ring=True)
+    window = make_plan(SlidingWindow(3).bands(long, long), layout, layout, 0, needs="hops")
     assert window.hops.tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
-    causal = make_plan(Causal().bands(long, long), layout, layout, 0, ring=True)
+    causal = make_plan(Causal().bands(long, long), layout, layout, 0, needs="hops")
     assert causal.hops.tolist() == [[1, 3], [1, 2], [1, 1], [0, 0]]
     short = Documents.from_cu_seqlens(np.arange(5) * 16)
     alone = make_layout("contiguous", short.offsets, 4)
-    assert not make_plan(Full().bands(short, short), alone, alone, 0, ring=True).hops.any()
+    assert not make_plan(Full().bands(short, short), alone, alone, 0, needs="hops").hops.any()
 
 
 def test_rows_of_a_batch_are_documents_of_their_own() -> None:
     row = Documents.dense(4)
     rows = Documents.from_attention_mask(torch.tensor([[True] * 4, [False, True, True, False]]))
-    stream = Stream(row, make_layout("zigzag", row.offsets, 2), 0, rows)
-    assert StreamPair(stream, stream).visible_bands(Causal())[:, :4].tolist() == [[0, 4, 0, 4], [5, 7, 5, 7]]
+    stream = Shard(row, make_layout("zigzag", row.offsets, 2), 0, rows)
+    assert ShardPair(stream, stream).visible_bands(Causal())[:, :4].tolist() == [[0, 4, 0, 4], [5, 7, 5, 7]]
 
 
 def test_a_diagonal_through_the_last_real_key_of_each_row() -> None:
     rows = Documents.from_attention_mask(torch.tensor([[True] * 5, [True, True, True, False, False]]))
     queries, keys = Documents.dense(3), Documents.dense(5)
     real = Documents.from_attention_mask(torch.ones(2, 3, dtype=torch.bool))
-    pair = StreamPair(
-        Stream(queries, make_layout("zigzag", queries.offsets, 1), 0, real),
-        Stream(keys, make_layout("zigzag", keys.offsets, 1), 0, rows),
+    pair = ShardPair(
+        Shard(queries, make_layout("zigzag", queries.offsets, 1), 0, real),
+        Shard(keys, make_layout("zigzag", keys.offsets, 1), 0, rows),
     )
     assert pair.visible_bands(Causal(align="bottom_right")).tolist() == [
         [0, 3, 0, 5, -UNBOUNDED, 2],

@@ -26,9 +26,9 @@ from cphandler import (
     SlidingWindow,
     get_cp_handler_cls,
 )
+from cphandler.attention.capabilities import FEATURES, FORMATS
 from cphandler.cli.app import app
 from cphandler.cli.support import MASKS, as_markdown, built_in
-from cphandler.handler.capabilities import FEATURES, FORMATS
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing import RankPool, partition_group
 from cphandler.testing.cases import Batch, Case, group_of, handler_class

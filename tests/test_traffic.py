@@ -145,7 +145,7 @@ def share_of(case: Case) -> Share | None:
     place = next(i for i, part in enumerate(PARTITIONS[case.cp_size]) if dist.get_rank() in part), handler.cp_rank
     share = Share(place, queries.tolist(), keys.tolist(), len(keys), forward, backward)
     if case.backend == "p2p":
-        plan = Plan.from_tensor(handler.make_site("p2p", False).plan(case.mask))
+        plan = Plan.from_tensor(handler.attention.make_plans(ordered=False).plan(case.mask))
         share.sends, share.receives = planned(plan, TO), planned(plan, FROM)
     return share
 
@@ -270,7 +270,7 @@ def test_the_plan_of_honest_lengths(corpus: str) -> None:
                 rows[rank] += torch.bincount(held[seen[held == rank].any(0)], minlength=cp_size)
         bands = mask.bands(documents, documents)
         for rank in range(cp_size):
-            plan = make_plan(bands, layout, layout, rank, direct=True)
+            plan = make_plan(bands, layout, layout, rank, needs="stages")
             there, here = (
                 {peer: int(n) for peer, n in enumerate(part) if peer != rank} for part in (rows[:, rank], rows[rank])
             )

@@ -108,10 +108,9 @@ class AttentionCall(NamedTuple):
         mask: who sees whom.
         scale: factor on the scores.
         kernel: name of the built-in kernel.
-        exchange: how keys reach the queries; ``"whole"`` where whole documents come to this rank.
         qkv_format: how results are arranged.
         options: what else was asked for.
-        settings: the :class:`CoreAttention` that was given, which records the largest score; None for none.
+        core: the :class:`CoreAttention` that was given, which records the largest score; None for none.
         sinks: ``[N]``, or None.
         first_head: number in the model of the first head in ``q``.
         repeats: how many query heads in ``q`` use each key head, where they are uneven; else empty.
@@ -124,10 +123,9 @@ class AttentionCall(NamedTuple):
     mask: Mask
     scale: float
     kernel: str
-    exchange: str
     qkv_format: str
     options: AttentionOptions
-    settings: CoreAttention | None
+    core: CoreAttention | None
     sinks: Tensor | None
     first_head: int
     repeats: tuple[int, ...]
@@ -142,7 +140,6 @@ class AttentionCall(NamedTuple):
         rules: TensorRules,
         mask: Mask,
         config: CPConfig,
-        exchange: str,
     ) -> AttentionCall:
         """Check everything and settle the options.
 
@@ -152,11 +149,11 @@ class AttentionCall(NamedTuple):
             UnsupportedError: see :func:`select_kernel`.
         """
         rules.check(*tensors)
-        settings = attn_mod if isinstance(attn_mod, CoreAttention) else None
-        module = attn_mod if settings is None else None
+        core = attn_mod if isinstance(attn_mod, CoreAttention) else None
+        module = attn_mod if core is None else None
         if module is not None and not callable(module):
             raise InvalidTypeError("attn_mod must be None, a CoreAttention or a callable", got=type(module).__name__)
-        options = options if settings is None else settings.applied_to(options)
+        options = options if core is None else core.applied_to(options)
         q, k, v = (batch_first(x, rules.qkv_format) for x in tensors)
         _check_sinks(options.sinks, q)
         if options.dropout_p and (options.dropout_seed is None or options.layer_number is None):
@@ -170,7 +167,7 @@ class AttentionCall(NamedTuple):
         asked = {"softcap": options.softcap is not None, "dropout": bool(options.dropout_p)}
         name = select_kernel(config.kernel, q, k, v, deterministic=config.deterministic, **asked)
         form = rules.qkv_format
-        return cls(q, k, v, module, chosen, scale, name, exchange, form, options, settings, options.sinks, 0, ())
+        return cls(q, k, v, module, chosen, scale, name, form, options, core, options.sinks, 0, ())
 
     @property
     def return_lse(self) -> bool:
@@ -180,7 +177,7 @@ class AttentionCall(NamedTuple):
     @property
     def wants_max_logit(self) -> bool:
         """Whether the largest score is needed: to be returned, or to be recorded."""
-        return self.options.return_max_logit or (self.settings is not None and self.settings.record_max_logit)
+        return self.options.return_max_logit or (self.core is not None and self.core.record_max_logit)
 
     def replaced(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionCall:
         """The same call over other tensors: whole documents in place of local rows, or some heads only."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.errors import InvalidValueError
-from cphandler.plan.plan import FROM, Plan
+from cphandler.plan.plan import FROM, Needs, Plan
+from cphandler.registry import Registry
 from cphandler.tokens.intervals import Table, expand
 
 Rows: TypeAlias = tuple[Tensor, ...]
@@ -63,6 +64,12 @@ class Block(NamedTuple):
 class Exchange(ABC):
     """Brings every block of rows that this rank's tasks need."""
 
+    needs: ClassVar[Needs] = "tasks"
+    """What must be in its plan: ``"tasks"`` alone, ``"hops"`` round a ring, or the ``"stages"`` of direct sends."""
+
+    gathers: ClassVar[bool] = False
+    """Whether every rank gets every row, so that they can be put in global order (see :class:`Route`)."""
+
     @abstractmethod
     def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
         """Yield blocks in plan order; ``grads`` is empty."""
@@ -78,19 +85,7 @@ class Exchange(ABC):
         """
 
 
-class NoExchange(Exchange):
-    """Every task's keys are on this rank."""
-
-    def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
-        """Yield the rank's own rows."""
-        yield Block(route.plan.tasks, rows, (), 0)
-
-    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
-        """Yield the rank's own rows and accumulators."""
-        yield Block(route.plan.tasks, rows, home, 0)
-
-
-class _Packed:
+class _Buffer:
     """Row tensors in one flat buffer, so that a block is one message."""
 
     def __init__(self, flat: Tensor, shapes: Sequence[torch.Size]) -> None:
@@ -99,7 +94,7 @@ class _Packed:
         self.rows: Rows = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
     @classmethod
-    def of(cls, rows: Rows) -> _Packed:
+    def of(cls, rows: Rows) -> _Buffer:
         """A packed copy."""
         packed = cls.empty_like(rows)
         for part, row in zip(packed.rows, rows, strict=True):
@@ -107,13 +102,13 @@ class _Packed:
         return packed
 
     @classmethod
-    def empty_like(cls, rows: Rows, length: int | None = None, dtype: torch.dtype | None = None) -> _Packed:
+    def empty_like(cls, rows: Rows, length: int | None = None, dtype: torch.dtype | None = None) -> _Buffer:
         """Room for the same shapes, or for shapes with so many rows."""
         shapes = _shapes(rows, length)
         return cls(rows[0].new_empty(sum(shape.numel() for shape in shapes), dtype=dtype), shapes)
 
     @classmethod
-    def zeros_like(cls, rows: Rows, length: int | None = None) -> _Packed:
+    def zeros_like(cls, rows: Rows, length: int | None = None) -> _Buffer:
         """Zeros in the same shapes, or in shapes with so many rows."""
         shapes = _shapes(rows, length)
         return cls(rows[0].new_zeros(sum(shape.numel() for shape in shapes)), shapes)
@@ -134,6 +129,8 @@ class RingExchange(Exchange):
     four of gradients (this rank's share, the sum that arrives, the one that leaves, the own one coming home), whatever
     the number of ranks.
     """
+
+    needs = "hops"
 
     def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
         """Yield the own block, then each block that arrives while the one before it is computed."""
@@ -156,7 +153,7 @@ class RingExchange(Exchange):
                 continue
             share = None
             if len(tasks):
-                share = _Packed.zeros_like(home)
+                share = _Buffer.zeros_like(home)
                 yield Block(tasks, block, share.rows, owner)
             gradients.pass_on(step, share)
         gradients.settle()
@@ -172,7 +169,7 @@ def _circulate(plan: Plan, rows: Rows, group_name: str) -> Iterator[tuple[int, R
         yield 0, rows
         return
     collectives.connect(group_name, rows[0].device)
-    held, spare = _Packed.of(rows), _Packed.empty_like(rows)
+    held, spare = _Buffer.of(rows), _Buffer.empty_like(rows)
     for step in range(size):
         owner, upcoming = (rank - step) % size, (rank - step - 1) % size
         transfer = collectives.post(
@@ -196,10 +193,10 @@ class _TravellingGradients:
         self.plan, self.home, self.group_name = plan, home, group_name
         self.first, self.last = plan.hops[:, 0].tolist(), plan.hops[:, 1].tolist()
         self._transfer: collectives.Transfer | None = None
-        self._travelling: _Packed | None = None
-        self._returning: _Packed | None = None
+        self._travelling: _Buffer | None = None
+        self._returning: _Buffer | None = None
 
-    def pass_on(self, step: int, share: _Packed | None) -> None:
+    def pass_on(self, step: int, share: _Buffer | None) -> None:
         """Send the block's sum so far on its way, and start to receive what the next step continues."""
         size, rank = self.plan.cp_size, self.plan.rank
         total = self._with_arrived(share)
@@ -208,14 +205,14 @@ class _TravellingGradients:
         if total is not None and step <= self.last[owner]:
             sends.append((total.flat, owner if step == self.last[owner] else (rank + 1) % size))
         if step + 1 < size and self.first[upcoming] <= step < self.last[upcoming]:
-            self._travelling = _Packed.empty_like(self.home)
+            self._travelling = _Buffer.empty_like(self.home)
             receives.append((self._travelling.flat, (rank - 1) % size))
         if step == self.last[rank]:
-            self._returning = _Packed.empty_like(self.home)
+            self._returning = _Buffer.empty_like(self.home)
             receives.append((self._returning.flat, (rank + step) % size))
         self._transfer = collectives.post(sends, receives, self.group_name)
 
-    def _with_arrived(self, share: _Packed | None) -> _Packed | None:
+    def _with_arrived(self, share: _Buffer | None) -> _Buffer | None:
         """Wait for the transfer of the step before; the travelling sum with this rank's share in it."""
         self.settle()
         total, self._travelling = self._travelling, None
@@ -244,6 +241,8 @@ class DirectExchange(Exchange):
     it to the rank that owns the row.
     """
 
+    needs = "stages"
+
     def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
         """Yield the own block, then each block that has arrived while the one before it was computed."""
         own = route.plan.tasks_of(route.plan.rank)
@@ -263,7 +262,7 @@ class DirectExchange(Exchange):
                 continue
             grads = None
             if block is not None:
-                grads = _Packed.zeros_like(home, block[0].shape[1])
+                grads = _Buffer.zeros_like(home, block[0].shape[1])
                 yield _block_of(route.plan, stage, block, grads.rows)
             del block  # its memory is for the rows after the next
             returns.send(stage, grads)
@@ -290,7 +289,7 @@ def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
         yield stage, None if received is None else received.rows
 
 
-def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, _Packed | None]:
+def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, _Buffer | None]:
     """Start a stage: what is under way, and where what arrives will be; nothing after the last stage."""
     plan = route.plan
     if stage >= len(plan.stages):
@@ -298,7 +297,7 @@ def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer,
     to, source = plan.stages[stage].tolist()
     received = None
     if source >= 0:
-        received = _Packed.empty_like(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
+        received = _Buffer.empty_like(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
     sends = [(_packed_runs(rows, plan.runs(stage, sent=True)).flat, to)] if to >= 0 else []
     receives = [] if received is None else [(received.flat, source)]
     return collectives.post(sends, receives, route.group_name), received
@@ -310,9 +309,9 @@ class _Returns:
     def __init__(self, route: Route, home: Rows) -> None:
         self.route, self.home = route, home
         self._transfer = collectives.Transfer([], [])
-        self._arriving: tuple[Table, _Packed] | None = None
+        self._arriving: tuple[Table, _Buffer] | None = None
 
-    def send(self, stage: int, grads: _Packed | None) -> None:
+    def send(self, stage: int, grads: _Buffer | None) -> None:
         """Add what came home in the stage before, then start this one."""
         self.settle()
         plan = self.route.plan
@@ -322,7 +321,7 @@ class _Returns:
         receives = []
         if to >= 0:
             runs = plan.runs(stage, sent=True)
-            arriving = _Packed.empty_like(self.home, int(runs[:, 1].sum()), wire)
+            arriving = _Buffer.empty_like(self.home, int(runs[:, 1].sum()), wire)
             self._arriving = runs, arriving
             receives.append((arriving.flat, to))
         self._transfer = collectives.post(sends, receives, self.route.group_name)
@@ -341,12 +340,12 @@ _FEW_RUNS = 16
 """Up to so many runs are copied one by one; more are taken by an index."""
 
 
-def _packed_runs(rows: Rows, runs: Table) -> _Packed:
+def _packed_runs(rows: Rows, runs: Table) -> _Buffer:
     """The rows of runs ``(start, length)``, end to end."""
     if len(runs) > _FEW_RUNS:
         index = rows_of(runs, rows[0].device)
-        return _Packed.of(tuple(row.index_select(1, index) for row in rows))
-    packed = _Packed.empty_like(rows, int(runs[:, 1].sum()))
+        return _Buffer.of(tuple(row.index_select(1, index) for row in rows))
+    packed = _Buffer.empty_like(rows, int(runs[:, 1].sum()))
     for part, row in zip(packed.rows, rows, strict=True):
         first = 0
         for start, length in runs.tolist():
@@ -389,6 +388,8 @@ class GatherExchange(Exchange):
     of all: a copy that pays for kernels that take everything a row sees in one call, and then have nothing to merge.
     """
 
+    gathers = True
+
     def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
         """Gather, then yield the blocks in plan order."""
         yield from _gathered_blocks(route, rows, None)
@@ -396,13 +397,13 @@ class GatherExchange(Exchange):
     def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
         """Gather again (a layer keeps only its own rows), yield the blocks, reduce-scatter their gradients."""
         everyone = home[0].new_zeros(route.plan.cp_size, sum(row.numel() for row in home))
-        yield from _gathered_blocks(route, rows, _Everyone(everyone, [row.shape for row in home]))
-        mine = _Packed(_summed(route, everyone), [row.shape for row in home])
+        yield from _gathered_blocks(route, rows, _Gathered(everyone, [row.shape for row in home]))
+        mine = _Buffer(_summed(route, everyone), [row.shape for row in home])
         for own, part in zip(home, mine.rows, strict=True):
             own.add_(part)
 
 
-class _Everyone(NamedTuple):
+class _Gathered(NamedTuple):
     """All ranks' rows: ``[P, numbers of a rank]``, and the shapes in which a rank's numbers lie."""
 
     flat: Tensor
@@ -410,7 +411,7 @@ class _Everyone(NamedTuple):
 
     def of(self, rank: int) -> Rows:
         """A rank's rows."""
-        return _Packed(self.flat[rank], self.shapes).rows
+        return _Buffer(self.flat[rank], self.shapes).rows
 
     def ordered(self, places: Tensor) -> Rows:
         """A copy of everybody's rows in global order."""
@@ -430,10 +431,10 @@ class _Everyone(NamedTuple):
                 self.of(rank)[i].add_(rows)
 
 
-def _gathered_blocks(route: Route, rows: Rows, grads: _Everyone | None) -> Iterator[Block]:
-    plan, own = route.plan, _Packed.of(rows)
+def _gathered_blocks(route: Route, rows: Rows, grads: _Gathered | None) -> Iterator[Block]:
+    plan, own = route.plan, _Buffer.of(rows)
     flat = collectives.all_gather(own.flat, route.group_name).view(plan.cp_size, own.flat.numel())
-    gathered = _Everyone(flat, list(own.shapes))
+    gathered = _Gathered(flat, list(own.shapes))
     if route.places is not None:
         everything = gathered.ordered(route.places)
         sums = () if grads is None else tuple(x.new_zeros(x.shape, dtype=grads.flat.dtype) for x in everything)
@@ -461,25 +462,41 @@ def _summed(route: Route, everyone: Tensor) -> Tensor:
     return total
 
 
-_EXCHANGES: dict[str, type[Exchange]] = {
-    "none": NoExchange,
-    "ring": RingExchange,
-    "p2p": DirectExchange,
-    "all_gather": GatherExchange,
-}
+_EXCHANGES: Registry[str, Exchange] = Registry(
+    "exchange",
+    lambda: Exchange,
+    {
+        "ring": f"{__name__}:RingExchange",
+        "p2p": f"{__name__}:DirectExchange",
+        "all_gather": f"{__name__}:GatherExchange",
+    },
+)
 
 
-def get_exchange(name: str) -> Exchange:
+def get_exchange(name: str) -> type[Exchange]:
     """The exchange of this name.
 
     Raises:
         InvalidValueError: there is none.
     """
     if name not in _EXCHANGES:
-        raise InvalidValueError("unknown exchange", got=repr(name), fix=f"choose one of {', '.join(_EXCHANGES)}")
-    return _EXCHANGES[name]()
+        raise InvalidValueError(
+            "unknown exchange", got=repr(name), fix=f"choose one of {', '.join(_EXCHANGES)}, or register_exchange it"
+        )
+    return _EXCHANGES.get(name, repr(name))
 
 
-def register_exchange(name: str, exchange: type[Exchange]) -> None:
-    """Make an exchange known by name."""
-    _EXCHANGES[name] = exchange
+def register_exchange(name: str, target: str | type[Exchange]) -> None:
+    """Make an exchange known by name, for :attr:`LayoutHandler.exchange` and :attr:`Attention.exchange`.
+
+    Args:
+        name: its name.
+        target: an :class:`Exchange` subclass that takes no arguments, or ``"module:Class"``, imported when first used.
+
+    Raises:
+        InvalidTypeError: a target that is neither.
+        InvalidValueError: a name that is no text, or taken by another target.
+    """
+    if not isinstance(name, str) or not name:
+        raise InvalidValueError("an exchange's name must be a non-empty string", got=repr(name), fix='"mine", say')
+    _EXCHANGES.register(name, target, repr(name))

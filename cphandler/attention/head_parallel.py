@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.loop import AttentionResult
-from cphandler.attention.plans import Site
+from cphandler.attention.plans import Plans
 from cphandler.comm.groups import CPGroup, TwoLevels
 from cphandler.errors import InvalidValueError
 from cphandler.sharding.heads import (
@@ -22,9 +22,9 @@ from cphandler.sharding.heads import (
     slice_heads,
 )
 from cphandler.sharding.order import SequenceOrder
-from cphandler.sharding.shard import Stream, StreamPair, device_copy
+from cphandler.sharding.shard import Shard, ShardPair, device_copy
 from cphandler.tokens.intervals import Table
-from cphandler.tracing import eager
+from cphandler.tracing import untraced
 
 
 def check_heads(call: AttentionCall, size: int, who: str, way_out: str) -> None:
@@ -66,6 +66,19 @@ class HeadParallel:
     keys: SequenceOrder
     pads: Tensor
     replicated: bool = False
+
+    @classmethod
+    @untraced
+    def over(cls, group: CPGroup, shards: ShardPair, device: torch.device) -> HeadParallel:
+        """The split of all heads over all ranks of a group.
+
+        Args:
+            group: the ranks.
+            shards: this rank's shards.
+            device: where the tensors are.
+        """
+        queries, keys = shards.queries.order(device), shards.keys.order(device)
+        return cls(group, queries, keys, shards.queries.pads(device), shards.queries.layout.replicated)
 
     def split(self, call: AttentionCall) -> HeadSplit:
         """Which heads each rank computes."""
@@ -116,36 +129,36 @@ class InnerUnions:
     """The rows that the A ranks of an inner group hold together, for an exchange between inner groups.
 
     Args:
-        pair: the two streams; their layouts have stride 1.
+        pair: the two shards; their layouts have stride 1.
         levels: inner and outer groups.
     """
 
-    def __init__(self, pair: StreamPair, levels: TwoLevels) -> None:
+    def __init__(self, pair: ShardPair, levels: TwoLevels) -> None:
         self._pair, self._levels = pair, levels
         self._orders: dict[tuple[int, torch.device], SequenceOrder] = {}
 
-    def site(self, exchange: str) -> Site:
+    def plans(self, exchange: str) -> Plans:
         """Attention between the unions, over the outer group."""
         outer, size = self._levels.outer, self._levels.inner.size
-        queries, keys = (stream.layout.merged(size) for stream in (self._pair.queries, self._pair.keys))
-        return Site(self._pair, (queries, keys), outer.rank, exchange if outer.size > 1 else "none", outer.name)
+        queries, keys = (shard.layout.merged(size) for shard in (self._pair.queries, self._pair.keys))
+        return Plans(self._pair, (queries, keys), outer.rank, exchange if outer.size > 1 else "", outer.name)
 
-    @eager
-    def heads(self, pads: Tensor) -> HeadParallel:
-        """The split of the heads inside; the same orders as those of the site's layouts.
+    @untraced
+    def heads(self, device: torch.device) -> HeadParallel:
+        """The split of the heads inside; the same orders as those of the plans' layouts.
 
         Args:
-            pads: ``[L]`` bool, local query rows that hold no token.
+            device: where the tensors are.
         """
-        queries, keys = (self._order(stream, pads.device) for stream in (self._pair.queries, self._pair.keys))
-        return HeadParallel(self._levels.inner, queries, keys, pads)
+        queries, keys = (self._order(shard, device) for shard in (self._pair.queries, self._pair.keys))
+        return HeadParallel(self._levels.inner, queries, keys, self._pair.queries.pads(device))
 
-    def _order(self, stream: Stream, device: torch.device) -> SequenceOrder:
-        key = id(stream), device
+    def _order(self, shard: Shard, device: torch.device) -> SequenceOrder:
+        key = id(shard), device
         if key not in self._orders:
             size = self._levels.inner.size
             first = self._levels.outer.rank * size
-            held = np.concatenate([stream.layout.positions(rank) for rank in range(first, first + size)])
+            held = np.concatenate([shard.layout.positions(rank) for rank in range(first, first + size)])
             self._orders[key] = _ascending(held, device)
         return self._orders[key]
 

@@ -6,7 +6,7 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cphandler.attention.exchange import Block, Route, get_exchange, rows_of
+from cphandler.attention.exchange import Block, Route, Rows, get_exchange, rows_of
 from cphandler.kernels import Kernel, Softmax, Task, get_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.plan.plan import Plan
 from cphandler.plan.tasks import OWNER
 from cphandler.precision import accumulator_dtype
+from cphandler.sharding.heads import repeat_heads
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,8 +78,8 @@ class Indices(NamedTuple):
 NO_INDICES = Indices()
 
 
-class Packed(NamedTuple):
-    """Terms and indices as an operator's last arguments: few, since torch takes microseconds over each in each call."""
+class OperatorArguments(NamedTuple):
+    """Scalars and indices as an operator's last arguments: few, since each costs microseconds in each call."""
 
     indices: Tensor | None
     floats: list[float]
@@ -86,13 +87,14 @@ class Packed(NamedTuple):
     names: str
 
 
-class Terms(NamedTuple):
-    """Everything about one attention call that is no tensor.
+class Scalars(NamedTuple):
+    """Everything about one attention call that is no tensor: numbers and names.
 
     Attributes:
         scale: factor on the scores.
         kernel: name of the kernel (not ``"auto"``).
-        exchange: how keys reach the queries: ``"none"``, ``"ring"``, ``"p2p"``, ``"all_gather"`` or a registered one.
+        exchange: how keys reach the queries: ``"ring"``, ``"p2p"``, ``"all_gather"`` or a registered one; empty where
+            they are here.
         group_name: the group to exchange in.
         wire: dtype in which gradients of keys and values travel; empty is the accumulator's.
         softcap: capped scores stay below this, above 0; 0 for none.
@@ -107,7 +109,7 @@ class Terms(NamedTuple):
 
     scale: float
     kernel: str
-    exchange: str = "none"
+    exchange: str = ""
     group_name: str = ""
     wire: str = ""
     softcap: float = 0.0
@@ -118,29 +120,29 @@ class Terms(NamedTuple):
     tokens: tuple[int, int] = (0, 0)
     repeats: tuple[int, ...] = ()
 
-    def packed(self, indices: Indices = NO_INDICES) -> Packed:
-        """The terms and the indices as an operator's last arguments; what dropout alone asks for goes with it alone."""
+    def packed(self, indices: Indices = NO_INDICES) -> OperatorArguments:
+        """Scalars and indices as an operator's last arguments; what dropout alone asks for goes with it alone."""
         flat, integers = indices.places, [*self.repeats]
         if self.dropout_p:
             flat, lengths = indices.packed()
             integers = [*lengths, self.dropout_seed, self.layer, self.first_head, *self.tokens, *integers]
         names = "\n".join((self.kernel, self.exchange, self.group_name, self.wire))
-        return Packed(flat, [self.scale, self.softcap, self.dropout_p], integers, names)
+        return OperatorArguments(flat, [self.scale, self.softcap, self.dropout_p], integers, names)
 
     @classmethod
     def unpacked(
         cls, flat: Tensor | None, floats: list[float], integers: list[int], names: str
-    ) -> tuple[Terms, Indices]:
+    ) -> tuple[Scalars, Indices]:
         """What :meth:`packed` was given."""
         scale, softcap, dropout_p = floats
         kernel, exchange, group_name, wire = names.split("\n")
         if not dropout_p:
-            terms = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=tuple(integers))
-            return terms, Indices(flat)
+            scalars = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=tuple(integers))
+            return scalars, Indices(flat)
         places, queries, owners, seed, layer, head, query_tokens, key_tokens, *repeats = integers
         options, tokens = (softcap, dropout_p, seed, layer, head), (query_tokens, key_tokens)
-        terms = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(repeats))
-        return terms, Indices.unpacked(flat, places, queries, owners)
+        scalars = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(repeats))
+        return scalars, Indices.unpacked(flat, places, queries, owners)
 
     def route(self, plan: Tensor, places: Tensor | None) -> Route:
         """What the exchange must know."""
@@ -168,7 +170,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     plan: Plan | Tensor,
-    terms: Terms,
+    scalars: Scalars,
     *,
     sinks: Tensor | None = None,
     indices: Indices = NO_INDICES,
@@ -177,10 +179,10 @@ def attention(
 
     Args:
         q: ``[B, L, N, D]``, any strides.
-        k: ``[B, M, G, D]``; query head n uses key head ``n // (N // G)``, or as ``terms.repeats`` says.
+        k: ``[B, M, G, D]``; query head n uses key head ``n // (N // G)``, or as ``scalars.repeats`` says.
         v: ``[B, M, G, D_v]``.
         plan: this rank's plan, or the tensor it packs to.
-        terms: the rest.
+        scalars: the rest.
         sinks: ``[N]``: one more logit per head in every row's softmax, without a value.
         indices: which tokens rows hold.
 
@@ -189,23 +191,31 @@ def attention(
         accumulator's dtype, ``-inf`` there. Both are differentiable; the gradient of the sinks is over these rows.
     """
     packed = plan.to_tensor() if isinstance(plan, Plan) else plan
-    out, lse = attention_forward(q, k, v, sinks, packed, *terms.packed(indices))
+    out, lse = attention_forward(q, k, v, sinks, packed, *scalars.packed(indices))
     return out, lse
 
 
-def max_logit(q: Tensor, k: Tensor, plan: Tensor, terms: Terms, indices: Indices = NO_INDICES) -> Tensor:
+def max_logit(q: Tensor, k: Tensor, plan: Tensor, scalars: Scalars, indices: Indices = NO_INDICES) -> Tensor:
     """``[N]`` largest scaled score of each head over this rank's queries: the keys travel once more.
 
     Args:
         q: ``[B, L, N, D]``.
         k: ``[B, M, G, D]``.
         plan: this rank's plan, packed.
-        terms: scale, kernel, exchange and group count.
+        scalars: scale, kernel, exchange and group count.
         indices: the places count.
     """
-    last = terms._replace(dropout_p=0.0).packed(indices)  # a score is the same whether its weight is dropped or not
+    last = scalars._replace(dropout_p=0.0).packed(indices)  # a score is the same whether its weight is dropped or not
     result: Tensor = largest_scores(q.detach(), k.detach(), plan, *last)
     return result
+
+
+def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Rows | None = None) -> Iterator[Block]:
+    """The blocks of an exchange, forward, or backward where there are accumulators; one block without an exchange."""
+    if not scalars.exchange:
+        return iter([Block(route.plan.tasks, rows, home or (), 0)])
+    exchange = get_exchange(scalars.exchange)()
+    return exchange.forward(route, rows) if home is None else exchange.backward(route, rows, home)
 
 
 def _tasks(block: Block) -> list[Task]:
@@ -214,11 +224,9 @@ def _tasks(block: Block) -> list[Task]:
 
 def _per_head(x: Tensor, repeats: tuple[int, ...], *, zeros: bool = False) -> Tensor:
     """``[B, M, G, D]`` with each key head as often as query heads use it; itself where all are used alike."""
-    if len(set(repeats)) <= 1:
-        return x
-    if zeros:
+    if zeros and len(set(repeats)) > 1:
         return x.new_zeros((*x.shape[:2], sum(repeats), x.shape[-1]))
-    return torch.cat([x[:, :, i : i + 1].expand(-1, -1, times, -1) for i, times in enumerate(repeats)], dim=2)
+    return repeat_heads(x, repeats)
 
 
 def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats: tuple[int, ...]) -> None:
@@ -233,15 +241,15 @@ def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats
 class _Weighting:
     """How scores become weights, block by block."""
 
-    def __init__(self, terms: Terms, q: Tensor, indices: Indices) -> None:
-        self._plain = Softmax(terms.scale, terms.softcap or None)
-        self._p, self._keys = terms.dropout_p, None
+    def __init__(self, scalars: Scalars, q: Tensor, indices: Indices) -> None:
+        self._plain = Softmax(scalars.scale, scalars.softcap or None)
+        self._p, self._keys = scalars.dropout_p, None
         _, queries, keys = indices
-        if terms.dropout_p and queries is not None and keys is not None:
-            per_row, keys_per_row = (max(1, count) for count in terms.tokens)
+        if scalars.dropout_p and queries is not None and keys is not None:
+            per_row, keys_per_row = (max(1, count) for count in scalars.tokens)
             rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1) + queries // per_row
-            heads = torch.arange(terms.first_head, terms.first_head + q.shape[2], device=q.device)
-            self._states = query_states(terms.dropout_seed, terms.layer, rows, queries % per_row, heads)
+            heads = torch.arange(scalars.first_head, scalars.first_head + q.shape[2], device=q.device)
+            self._states = query_states(scalars.dropout_seed, scalars.layer, rows, queries % per_row, heads)
             self._keys = keys % keys_per_row
 
     def of(self, block: Block) -> Softmax:
@@ -283,13 +291,13 @@ def attention_forward(
     names: str,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`attention`."""
-    terms, where = Terms.unpacked(indices, floats, integers, names)
+    scalars, where = Scalars.unpacked(indices, floats, integers, names)
     accumulator = accumulator_dtype(q.dtype)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=accumulator)
     lse = q.new_full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    compute, weighting = get_kernel(terms.kernel, q.device.type), _Weighting(terms, q, where)
-    for block in get_exchange(terms.exchange).forward(terms.route(plan, where.places), (k, v)):
-        block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
+    compute, weighting = get_kernel(scalars.kernel, q.device.type), _Weighting(scalars, q, where)
+    for block in _blocks(scalars, scalars.route(plan, where.places), (k, v)):
+        block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
         compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
         del block, block_keys, block_values  # before the exchange makes room for the next one
     if sinks is not None:
@@ -337,16 +345,16 @@ def attention_backward(
     names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
-    terms, where = Terms.unpacked(indices, floats, integers, names)
+    scalars, where = Scalars.unpacked(indices, floats, integers, names)
     accumulator = accumulator_dtype(q.dtype)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator) for x in (q, k, v))
-    compute: Kernel = get_kernel(terms.kernel, q.device.type)
-    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(terms, q, where)
-    for block in get_exchange(terms.exchange).backward(terms.route(plan, where.places), (k, v), (dk, dv)):
-        block_keys, block_values = (_per_head(x, terms.repeats) for x in block.rows)
-        grads = Gradients(dq, *(_per_head(x, terms.repeats, zeros=True) for x in block.grads))
+    compute: Kernel = get_kernel(scalars.kernel, q.device.type)
+    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(scalars, q, where)
+    for block in _blocks(scalars, scalars.route(plan, where.places), (k, v), home=(dk, dv)):
+        block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
+        grads = Gradients(dq, *(_per_head(x, scalars.repeats, zeros=True) for x in block.grads))
         compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
-        _add_per_head(block.grads, (grads.dk, grads.dv), terms.repeats)
+        _add_per_head(block.grads, (grads.dk, grads.dv), scalars.repeats)
         del block, block_keys, block_values, grads  # before the exchange makes room for the next one
     dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, saved)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
@@ -364,11 +372,11 @@ def largest_scores(
     names: str,
 ) -> Tensor:
     """See :func:`max_logit`."""
-    terms, where = Terms.unpacked(indices, floats, integers, names)
+    scalars, where = Scalars.unpacked(indices, floats, integers, names)
     result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
-    compute = get_kernel(terms.kernel, q.device.type)
-    for block in get_exchange(terms.exchange).forward(terms.route(plan, where.places), (k,)):
-        compute.max_logit(q, _per_head(block.rows[0], terms.repeats), _tasks(block), terms.scale, result)
+    compute = get_kernel(scalars.kernel, q.device.type)
+    for block in _blocks(scalars, scalars.route(plan, where.places), (k,)):
+        compute.max_logit(q, _per_head(block.rows[0], scalars.repeats), _tasks(block), scalars.scale, result)
         del block
     return result
 
@@ -393,7 +401,7 @@ def _fake_largest(q: Tensor, *rest: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, sinks, plan, indices, *ctx.terms = inputs
+    q, k, v, sinks, plan, indices, *ctx.scalars = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, sinks, *output, plan, indices)
 
@@ -402,7 +410,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     q, k, v, sinks, out, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, dsinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.terms)
+    dq, dk, dv, dsinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.scalars)
     return (dq, dk, dv, None if sinks is None else dsinks, *[None] * 5)
 
 

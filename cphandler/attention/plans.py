@@ -1,4 +1,4 @@
-"""Where a rank computes attention: over which layouts of queries and keys, and how keys get there."""
+"""The plans of one exchange over the layouts of queries and keys, one for each mask, made once."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.attention.exchange import get_exchange
 from cphandler.layouts.layout import Layout, contiguous
-from cphandler.plan.plan import make_plan
-from cphandler.sharding.shard import StreamPair, device_copy
+from cphandler.plan.plan import Needs, make_plan
+from cphandler.sharding.shard import ShardPair, device_copy
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.masks import Mask
 
 
-class Site:
-    """Layouts, a rank among them, and an exchange; plans and index tensors follow and are made once.
+class Plans:
+    """A rank's plans over two layouts and one exchange, by mask, and the index tensors that go with them.
 
     Args:
-        pair: the two streams, with the documents and the masks' bands.
+        pair: the two shards, with the documents and the masks' bands.
         layouts: of one row of the batch: queries and keys, over the same ranks, or keys over one that has all.
         rank: this rank's place in the queries' layout.
-        exchange: name of the exchange; ``"none"`` where all keys are here.
+        exchange: name of the exchange; empty where all keys are here.
         group_name: the group to exchange in.
         ordered: put gathered keys in global order, so that what a row sees lies together: worth a copy to kernels that
             take a whole prefix in one call.
@@ -28,10 +29,10 @@ class Site:
 
     def __init__(
         self,
-        pair: StreamPair,
+        pair: ShardPair,
         layouts: tuple[Layout, Layout],
         rank: int,
-        exchange: str = "none",
+        exchange: str = "",
         group_name: str = "",
         *,
         ordered: bool = False,
@@ -40,8 +41,10 @@ class Site:
         self.exchange = exchange
         self.group_name = group_name
         self._pair, self._rank = pair, rank
+        kind = get_exchange(exchange) if exchange else None
+        self._needs: Needs = kind.needs if kind else "tasks"
         self._places: Table | None = None
-        if exchange == "all_gather" and ordered and keys.strides <= {1}:  # others keep the stride that tasks need
+        if kind and kind.gathers and ordered and keys.strides <= {1}:  # others keep the stride that tasks need
             self._places = keys.inverse
             keys = contiguous(np.array([0, keys.num_tokens], dtype=np.int64), 1)
         self._layouts = queries, keys
@@ -49,9 +52,9 @@ class Site:
         self._tensors: dict[tuple[str, torch.device], Tensor] = {}
 
     @classmethod
-    def whole(cls, pair: StreamPair) -> Site:
+    def whole(cls, pair: ShardPair) -> Plans:
         """All tokens of both streams, in global order, on this rank."""
-        queries, keys = (contiguous(stream.documents.offsets, 1) for stream in (pair.queries, pair.keys))
+        queries, keys = (contiguous(shard.documents.offsets, 1) for shard in (pair.queries, pair.keys))
         return cls(pair, (queries, keys), 0)
 
     @property
@@ -62,13 +65,7 @@ class Site:
     def plan(self, mask: Mask) -> Tensor:
         """The packed plan under a mask."""
         if mask not in self._plans:
-            made = make_plan(
-                self._pair.visible_bands(mask),
-                *self._layouts,
-                self._rank,
-                ring=self.exchange == "ring",
-                direct=self.exchange == "p2p",
-            )
+            made = make_plan(self._pair.visible_bands(mask), *self._layouts, self._rank, needs=self._needs)
             self._plans[mask] = made.to_tensor()
         return self._plans[mask]
 

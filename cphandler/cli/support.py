@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cphandler.handler.capabilities import FEATURES, FORMATS, Capabilities
+from cphandler.attention.capabilities import FEATURES, FORMATS, Capabilities
 from cphandler.handler.factory import available_cp_handlers, get_cp_handler_cls
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.tokens.masks import (

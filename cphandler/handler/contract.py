@@ -17,11 +17,11 @@ from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
-from cphandler.sharding.shard import Fragments
-from cphandler.tokens.documents import Offsets
+from cphandler.sharding.shard import Fragments, ShardFacts
+from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.masks import Mask, make_mask
-from cphandler.tokens.metadata import dense_streams, packed_streams
-from cphandler.tracing import eager
+from cphandler.tokens.metadata import StreamMetadata, dense_streams, packed_streams
+from cphandler.tracing import untraced
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
 """Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
-
-LayoutSource: TypeAlias = "LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None"
-"""What ``layout=`` takes; a pair is for the query and the key stream of cross attention."""
 
 FreqsMode: TypeAlias = Literal["per_document", "packed"]
 """Whether a rope table counts positions from each document's start, or has one row per packed token."""
@@ -94,7 +91,7 @@ class ContextParallelHandler(ABC):
         cross_attention: bool | None = None,
         local_cp_size: int | None = None,
         mask: str | Mask = "causal",
-        layout: LayoutSource = None,
+        layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None = None,
         config: CPConfig | None = None,
     ) -> None:
         self.config = CPConfig() if config is None else config
@@ -103,7 +100,7 @@ class ContextParallelHandler(ABC):
         if qkv_format not in ("sbhd", "bshd", "thd"):
             raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
         self.qkv_format: Format = qkv_format
-        self._group = resolve_group(cp_group, two_level=self.two_level)
+        self.ranks = resolve_group(cp_group, two_level=self.two_level)
         self._check_local_cp_size(local_cp_size)
         self._mask = make_mask(mask)
         offsets = {
@@ -117,12 +114,12 @@ class ContextParallelHandler(ABC):
             queries, keys = packed_streams(offsets, lengths, key_padding_mask, cross=cross_attention)
         else:
             queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask, cross=cross_attention)
-        self.documents, self.padded_rows, self.max_seqlen_q = queries
-        self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv = keys
+        self.queries: StreamMetadata = queries
+        self.keys: StreamMetadata = keys
         self.device = self._device(cu_seqlens_q, key_padding_mask)
         self.prepare(layout)
 
-    def prepare(self, layout: LayoutSource) -> None:
+    def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
         """Build what follows from the checked metadata; called once, at the end of construction.
 
         Args:
@@ -146,23 +143,23 @@ class ContextParallelHandler(ABC):
         for value in metadata:
             if isinstance(value, Tensor) and value.device.type != "cpu":
                 return value.device
-        on_host = not self._group.name or "cpu" in str(device_of(self._group.source))
-        return torch.device("cpu") if on_host else device_of(self._group.source)
+        on_host = not self.ranks.name or "cpu" in str(device_of(self.ranks.source))
+        return torch.device("cpu") if on_host else device_of(self.ranks.source)
 
     @property
     def cp_size(self) -> int:
         """Ranks that share each sequence."""
-        return self._group.size
+        return self.ranks.size
 
     @property
     def cp_rank(self) -> int:
         """This process's rank among them."""
-        return self._group.rank
+        return self.ranks.rank
 
     @property
     def group(self) -> Any:
         """The process group; None with one rank and no group."""
-        return self._group.source
+        return self.ranks.source
 
     @property
     def mask(self) -> Mask:
@@ -170,34 +167,95 @@ class ContextParallelHandler(ABC):
         return self._mask
 
     @property
-    def layout(self) -> Layout:
-        """Which rank holds which tokens; a class that leaves this to its engine has none to show."""
-        raise UnsupportedError(f"{type(self).__name__} does not show its layout")
-
-    @property
     def is_cross_attention(self) -> bool:
         """Whether keys are a stream of their own."""
-        return self.kv_documents is not self.documents
+        return self.keys is not self.queries
 
     @property
     def seq_dim(self) -> int:
         """The sequence dim of queries, keys and values in ``qkv_format``."""
         return 1 if self.qkv_format == "bshd" else 0
 
-    @property
     @abstractmethod
+    def shard(self, stream: str = "q") -> ShardFacts:
+        """What this rank holds of a stream; the facts below are read off it.
+
+        Args:
+            stream: ``"q"``, or ``"kv"`` for the key stream of cross attention, in self attention the same one.
+
+        Returns:
+            The rank's :class:`Shard` of a layout, or an :class:`EngineShard` where an engine keeps it to itself.
+        """
+
+    @property
+    def documents(self) -> Documents:
+        """The documents of the query stream; of one row of the batch in dense formats."""
+        return self.queries.documents
+
+    @property
+    def kv_documents(self) -> Documents:
+        """The key stream's :attr:`documents`."""
+        return self.keys.documents
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """Length of the longest physical document, or the bound that the caller named."""
+        return self.queries.max_seqlen
+
+    @property
+    def max_seqlen_kv(self) -> int:
+        """The key stream's :attr:`max_seqlen_q`."""
+        return self.keys.max_seqlen
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank holds which tokens; a class that leaves this to its engine has none to show."""
+        return self.shard().layout
+
+    @property
+    def kv_layout(self) -> Layout:
+        """The key stream's :attr:`layout`; the query stream's in self attention."""
+        return self.shard("kv").layout
+
+    @property
     def position_ids(self) -> Tensor:
-        """``[L]`` int64 position of each local row in its document; for a dense batch, in every row of it."""
+        """``[L]`` int64 position of each local row in its document; the caller's own copy."""
+        return self.shard().position_ids
 
     @property
-    @abstractmethod
+    def kv_position_ids(self) -> Tensor:
+        """The key stream's :attr:`position_ids`."""
+        return self.shard("kv").position_ids
+
+    @property
     def valid_mask(self) -> Tensor:
-        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a local row holds a real token."""
+        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a row holds a real token; the caller's copy."""
+        return self.shard().valid_mask
 
     @property
-    @abstractmethod
+    def kv_valid_mask(self) -> Tensor:
+        """The key stream's :attr:`valid_mask`."""
+        return self.shard("kv").valid_mask
+
+    @property
     def num_local_tokens(self) -> int:
         """Physical rows L this rank holds."""
+        return self.shard().num_local_tokens
+
+    @property
+    def kv_num_local_tokens(self) -> int:
+        """The key stream's :attr:`num_local_tokens`."""
+        return self.shard("kv").num_local_tokens
+
+    @property
+    def fragments(self) -> Fragments:
+        """The runs of one document each that this rank holds."""
+        return self.shard().fragments
+
+    @property
+    def kv_fragments(self) -> Fragments:
+        """The key stream's :attr:`fragments`."""
+        return self.shard("kv").fragments
 
     @property
     def sequence_sharded(self) -> bool:
@@ -208,6 +266,9 @@ class ContextParallelHandler(ABC):
     def effective_cp_size(self) -> int:
         """How many parts the tokens are in: what losses and gradients are scaled by."""
         return self.cp_size if self.sequence_sharded else 1
+
+    def _stream(self, stream: str) -> StreamMetadata:
+        return self.queries if stream == "q" else self.keys
 
     def agree(self, call: str, error: Exception | None = None) -> None:
         """Check that all ranks of the group hold this batch; nothing to do for a class that leaves it to its engine.
@@ -346,13 +407,13 @@ class ContextParallelHandler(ABC):
         interleaved = bool(getattr(config, "rotary_interleaved", False))
         return self.rope(tensor, freqs, interleaved=interleaved, mscale=yarn_scale(config), stream=stream)
 
-    @eager
+    @untraced
     def get_rotary_seq_len(self, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> int:
         """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank."""
         check_stream(stream)
         if freqs_mode not in ("per_document", "packed"):
             raise InvalidValueError("unknown freqs_mode", got=repr(freqs_mode), fix="choose per_document or packed")
-        documents = self.documents if stream == "q" else self.kv_documents
+        documents = self._stream(stream).documents
         return documents.num_tokens if freqs_mode == "packed" else documents.max_length
 
     def get_emb_on_this_cp_rank(self, emb: Freqs, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> Any:
@@ -390,37 +451,7 @@ class ContextParallelHandler(ABC):
             raise UnsupportedError(
                 f"{type(self).__name__} has no packed rope tables", fix="use freqs_mode='per_document'"
             )
-        return (self.position_ids if stream == "q" else self.kv_position_ids).to(device)
-
-    @property
-    def fragments(self) -> Fragments:
-        """The runs of one document each that this rank holds."""
-        raise UnsupportedError(f"{type(self).__name__} does not list its fragments")
-
-    @property
-    def kv_layout(self) -> Layout:
-        """The key stream's :attr:`layout`; the query stream's in self attention."""
-        return self.layout
-
-    @property
-    def kv_position_ids(self) -> Tensor:
-        """The key stream's :attr:`position_ids`."""
-        return self.position_ids
-
-    @property
-    def kv_valid_mask(self) -> Tensor:
-        """The key stream's :attr:`valid_mask`."""
-        return self.valid_mask
-
-    @property
-    def kv_num_local_tokens(self) -> int:
-        """The key stream's :attr:`num_local_tokens`."""
-        return self.num_local_tokens
-
-    @property
-    def kv_fragments(self) -> Fragments:
-        """The key stream's :attr:`fragments`."""
-        return self.fragments
+        return self.shard(stream).position_ids.to(device)
 
     def explain_length(self, got: int, expected: int, stream: str = "q") -> str:
         """What a wrong sequence length probably means: a local tensor or local metadata where global ones belong.
@@ -430,9 +461,7 @@ class ContextParallelHandler(ABC):
             expected: rows that should be there, local or global.
             stream: which stream's.
         """
-        documents = self.documents if stream == "q" else self.kv_documents
-        local = self.num_local_tokens if stream == "q" else self.kv_num_local_tokens
-        length = documents.num_tokens
+        length, local = self._stream(stream).documents.num_tokens, self.shard(stream).num_local_tokens
         metadata = f"cu_seqlens_{stream}" if self.qkv_format == "thd" else f"max_seqlen_{stream}"
         looks_local = f"{metadata} must be global, taken before the split over ranks"
         if expected == length and got == local:

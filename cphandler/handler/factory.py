@@ -6,21 +6,26 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 
-from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError
+from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
+from cphandler.registry import Registry
 
 ENTRY_POINTS = "cphandler.backends"
 """Entry-point group of third-party backends; a name is ``backend`` or ``backend:cp_comm_type``."""
 
-_HANDLERS: dict[tuple[str, str | None], str] = {
-    ("local", None): "cphandler.backends.local:LocalHandler",
-    ("local", "a2a"): "cphandler.backends.ulysses:UlyssesHandler",
-    ("local", "ring"): "cphandler.backends.ring:RingHandler",
-    ("local", "p2p"): "cphandler.backends.p2p:P2PHandler",
-    ("local", "all_gather"): "cphandler.backends.all_gather:AllGatherHandler",
-    ("local", "a2a+p2p"): "cphandler.backends.usp:USPHandler",
-    ("local", "a2a+ring"): "cphandler.backends.usp:USPRingHandler",
-}
+_HANDLERS: Registry[tuple[str, str | None], ContextParallelHandler] = Registry(
+    "backend",
+    lambda: ContextParallelHandler,
+    {
+        ("local", None): "cphandler.backends.local:LocalHandler",
+        ("local", "a2a"): "cphandler.backends.ulysses:UlyssesHandler",
+        ("local", "ring"): "cphandler.backends.ring:RingHandler",
+        ("local", "p2p"): "cphandler.backends.p2p:P2PHandler",
+        ("local", "all_gather"): "cphandler.backends.all_gather:AllGatherHandler",
+        ("local", "a2a+p2p"): "cphandler.backends.usp:USPHandler",
+        ("local", "a2a+ring"): "cphandler.backends.usp:USPRingHandler",
+    },
+)
 
 _BACKEND_ALIASES = {"torch": "local"}
 _COMM_ALIASES = {"ulysses": "a2a", "allgather": "all_gather", "usp": "a2a+p2p"}
@@ -46,7 +51,9 @@ def _key(backend: str, cp_comm_type: str | None) -> tuple[str, str | None]:
     """The table key for names as users write them."""
     for name, value in (("backend", backend), ("cp_comm_type", cp_comm_type)):
         if not isinstance(value, str) and not (name == "cp_comm_type" and value is None):
-            raise InvalidTypeError(f"{name} must be a string", got=repr(value))
+            raise InvalidTypeError(
+                f"{name} must be a string", got=repr(value), fix="get_cp_handler_cls('local', 'ring'), say"
+            )
     backend = _BACKEND_ALIASES.get(_normal(backend), _normal(backend))
     comm = None if cp_comm_type is None else _normal(cp_comm_type)
     comm = _COMM_ALIASES.get(comm, comm) if comm is not None else None
@@ -64,18 +71,11 @@ def register_cp_handler(backend: str, cp_comm_type: str | None, target: str | ty
         target: the class, or ``"module:Class"``, imported when first asked for.
 
     Raises:
+        InvalidTypeError: a target that is neither a path nor a :class:`ContextParallelHandler` class.
         InvalidValueError: the pair is taken by another target.
     """
     key = _key(backend, cp_comm_type)
-    path = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
-    if _HANDLERS.get(key, path) != path:
-        raise InvalidValueError(f"{_shown(key)} is already registered", got=_HANDLERS[key], fix="choose another name")
-    _HANDLERS[key] = path
-    if not isinstance(target, str):
-        _LOADED[key] = target
-
-
-_LOADED: dict[tuple[str, str | None], type[ContextParallelHandler]] = {}
+    _HANDLERS.register(key, target, _shown(key))
 
 
 def _shown(key: tuple[str, str | None]) -> str:
@@ -94,8 +94,7 @@ def _discovered() -> dict[tuple[str, str | None], str]:
 
 def available_cp_handlers() -> list[tuple[str, str | None]]:
     """Every ``(backend, cp_comm_type)`` that can be asked for; whether its package is installed is known when it is."""
-    known = {**_discovered(), **_HANDLERS}
-    return sorted(known, key=lambda key: (key[0], key[1] or ""))
+    return sorted({*_discovered(), *_HANDLERS}, key=lambda key: (key[0], key[1] or ""))
 
 
 def get_cp_handler_cls(
@@ -118,18 +117,23 @@ def get_cp_handler_cls(
     """
     if isinstance(cp_comm_type, Sequence) and not isinstance(cp_comm_type, str):
         return _layered(backend, list(cp_comm_type), num_layers)
-    key = _key(backend, cp_comm_type)
-    if key in _LOADED:
-        return _LOADED[key]
-    target = _HANDLERS.get(key) or _discovered().get(key)
-    if target is None:
+    if num_layers is not None:
         raise InvalidValueError(
-            "unknown backend or comm type",
-            got=_shown((backend, cp_comm_type)),
-            fix=f"choose one of {', '.join(_legal())}",
+            "num_layers goes with a list of comm types",
+            got=f"num_layers {num_layers} with {cp_comm_type!r}",
+            fix="leave it out, or pass one comm type for each layer",
         )
-    _LOADED[key] = _imported(target, key)
-    return _LOADED[key]
+    key = _key(backend, cp_comm_type)
+    if key in _HANDLERS:
+        return _HANDLERS.get(key, _shown(key))
+    found = _discovered().get(key)
+    if found is not None:
+        return _HANDLERS.imported(found, _shown(key))
+    raise InvalidValueError(
+        "unknown backend or comm type",
+        got=_shown((backend, cp_comm_type)),
+        fix=f"choose one of {', '.join(_legal())}",
+    )
 
 
 def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> type[ContextParallelHandler]:
@@ -142,15 +146,7 @@ def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> typ
         )
     layers = import_module("cphandler.backends.layered")
     classes = tuple(get_cp_handler_cls(backend, comm_type) for comm_type in comm_types)
-    for comm_type, handler_cls in zip(comm_types, classes, strict=True):
-        base = layers.LayoutHandler
-        if not issubclass(handler_cls, base) or handler_cls.prepare is not base.prepare:
-            raise InvalidTypeError(
-                "only handlers that leave the layout to the library can share one from layer to layer",
-                got=f"{handler_cls.__name__} for {comm_type!r}",
-                fix="a class of your own may set itself up in join() and refuse in admit(), but not override prepare()",
-            )
-    made: type[ContextParallelHandler] = layers.layered(classes)
+    made: type[ContextParallelHandler] = layers.layered(classes, tuple(comm_types))
     return made
 
 
@@ -158,18 +154,3 @@ def _legal() -> Iterator[str]:
     for key in available_cp_handlers():
         yield _shown(key)
     yield "or one of " + ", ".join(repr(name) for name in sorted(_SHORT)) + " alone"
-
-
-def _imported(target: str, key: tuple[str, str | None]) -> type[ContextParallelHandler]:
-    module, _, name = target.partition(":")
-    try:
-        handler_cls = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise MissingPackageError(
-            f"the backend {_shown(key)} cannot be imported",
-            got=f"{target}: {error}",
-            fix=f"install the package that holds {module!r}",
-        ) from error
-    if not (isinstance(handler_cls, type) and issubclass(handler_cls, ContextParallelHandler)):
-        raise InvalidTypeError(f"the backend {_shown(key)} is not a ContextParallelHandler", got=target)
-    return handler_cls

@@ -1,250 +1,310 @@
-"""A handler from a layout: a backend adds ``core_attn``, and even that is a few lines."""
+"""A handler from a layout: the contract follows from which rank holds which tokens; attention is a part of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import is_dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first
-from cphandler.attention.loop import AttentionResult, Indices, Terms, attention, max_logit
-from cphandler.attention.options import AttentionOptions, OptionalArguments
-from cphandler.attention.plans import Site
-from cphandler.comm import collectives
-from cphandler.errors import InvalidValueError, UnsupportedError
-from cphandler.handler.contract import LayoutSource
-from cphandler.handler.rows_handler import RowsHandler
-from cphandler.kernels import get_kernel
-from cphandler.sharding.shard import device_copy
-from cphandler.tokens.metadata import StreamMetadata
-from cphandler.tracing import eager
+from cphandler.attention.attention import Attention
+from cphandler.attention.capabilities import Capabilities
+from cphandler.attention.options import OptionalArguments
+from cphandler.comm.consistency import Agreement, digest, kind_of, shortened, shown
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.handler.contract import ContextParallelHandler, FreqsMode, check_stream
+from cphandler.layouts.layout import Layout
+from cphandler.layouts.placement import LayoutSpec, place
+from cphandler.sharding.dispatch import GradMode, as_movable, combine_rows, dispatch_rows, filler, restored
+from cphandler.sharding.roll import RollRoute, roll, roll_route
+from cphandler.sharding.rope import Freqs, rotate
+from cphandler.sharding.shard import Shard, ShardPair
+from cphandler.tokens.masks import Mask
+from cphandler.tracing import keep_out_of_graphs, untraced
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+T = TypeVar("T")
 
 
-class LayoutHandler(RowsHandler):
-    """Derives all of the contract but ``core_attn`` from a layout, and has the parts that ``core_attn`` is made of.
+class LayoutHandler(ContextParallelHandler):
+    """Derives the contract from a layout; a backend says how attention reaches its keys, and what it serves.
 
-    Arguments are those of :class:`ContextParallelHandler`. A subclass sets ``comm_type``, ``default_layout`` and
-    ``capabilities``. Its ``core_attn`` checks the call (:meth:`attention_call`), computes (:meth:`attend` or
-    :meth:`attend_whole`), and gives the result back (:meth:`result`).
+    Arguments are those of :class:`ContextParallelHandler`. A subclass sets ``comm_type``, ``default_layout``,
+    ``capabilities``, and either ``exchange``, where attention is the library's loop over an exchange, or
+    ``attention_cls``, an :class:`Attention` of its own. It may override ``core_attn`` altogether; it then cannot be one
+    of several in a list of comm types.
     """
 
-    def prepare(self, layout: LayoutSource) -> None:
-        """See :meth:`RowsHandler.prepare`."""
-        self._sites: dict[tuple[str, bool], Site] = {}
-        super().prepare(layout)
+    default_layout: ClassVar[str] = "zigzag"
+    """The layout where the caller names none."""
 
-    def shared_as(self, handler_cls: type[LayoutHandler]) -> LayoutHandler:
-        """Another class's handler over this one's batch: the same streams, group and check, sites of its own.
+    capabilities: ClassVar[Capabilities] = Capabilities()
+    """What this class serves."""
+
+    exchange: ClassVar[str] = ""
+    """Name of the exchange that brings keys to the queries; empty where attention brings whole documents."""
+
+    attention_cls: ClassVar[type[Attention]] = Attention
+    """The algorithm."""
+
+    def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
+        """Cut the documents by the layout, and set up attention.
 
         Raises:
-            UnsupportedError: what that class does not serve.
+            InvalidTypeError: neither a name nor a Layout.
+            InvalidValueError: an unknown name, a Layout of another batch, or a mask that does not fit the documents.
+            UnsupportedError: a layout or a setting this class does not serve.
         """
-        other = object.__new__(handler_cls)
-        other.__dict__.update(self.__dict__)
-        other._sites = {}
-        if "ulysses_degree" not in handler_cls.capabilities.features:  # meant for other layers
-            other.config = self.config.model_copy(update={"ulysses_degree": None})
-        other.admit()
-        other.join()
-        return other
+        keep_out_of_graphs()
+        self.shards = ShardPair(*self._shards(layout))
+        self._routes: dict[tuple[str, int, torch.device], RollRoute] = {}
+        self._agreement = Agreement(self.ranks, self.config)
+        self.attention = self.make_attention()
+        self.shards.bands(self.mask)  # a mask that does not fit the batch is refused here
 
-    @eager
-    def attention_call(
-        self,
-        attn_mod: Any,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        options: OptionalArguments,
-        *,
-        exchange: str,
-        check: Callable[[AttentionCall], None] | None = None,
-    ) -> AttentionCall:
-        """Check a ``core_attn`` call and, on the first exchange, that every rank makes the same one.
-
-        Args:
-            attn_mod: see :meth:`ContextParallelHandler.core_attn`.
-            tensors: local query, key and value.
-            options: keyword options.
-            exchange: how keys will reach the queries: the name of an exchange, or ``"whole"`` where the algorithm
-                brings whole documents to this rank.
-            check: what else the backend demands.
-        """
-        batch = None if self.kv_padded_rows is None else self.kv_padded_rows.num_documents
-        rows = self.num_local_tokens, self.kv_num_local_tokens
-        rules = TensorRules(self.qkv_format, rows, batch, self.explain_length)
-
-        def checked() -> AttentionCall:
-            call = AttentionCall.of(
-                attn_mod,
-                tensors,
-                options=AttentionOptions.checked(options),
-                rules=rules,
-                mask=self.mask,
-                config=self.config,
-                exchange=exchange if self.cp_size > 1 or exchange == "whole" else "none",
-            )
-            self._check_capabilities(call)
-            if check is not None:
-                check(call)
-            if call.module is None:
-                self.site(call).plan(call.mask)
-            return call
-
-        return self._agreed("core_attn", checked, lambda call: f"{call.describe()}, {self._shown_mask(call.mask)}")
-
-    def _check_capabilities(self, call: AttentionCall) -> None:
-        features = list(call.options.features)
-        if call.q.shape[-1] != call.v.shape[-1]:
-            features.append("value_head_dim")
-        if call.module is not None:
-            features.append("own_attention")
-        if call.wants_max_logit:
-            features.append("return_max_logit")
-        self.capabilities.require(type(self).__name__, *features)
-        if call.module is None:
-            return
-        told = [*call.options.features, *(["key_padding_mask"] if self.kv_padded_rows is not None else [])]
-        if told:
-            raise UnsupportedError(
-                f"a callable attn_mod is not told of {', '.join(told)}",
-                fix="let the callable know by itself, or pass attn_mod=None or a CoreAttention",
-            )
-
-    def site(self, call: AttentionCall) -> Site:
-        """Where a call's attention takes place; made once per batch."""
-        ordered = get_kernel(call.kernel, call.q.device.type).takes_prefix
-        key = call.exchange, ordered
-        if key not in self._sites:
-            self._sites[key] = self.make_site(*key)
-        return self._sites[key]
-
-    def make_site(self, exchange: str, ordered: bool) -> Site:
-        """The site of an exchange: all tokens for ``"whole"``, else this handler's own layouts.
-
-        Args:
-            exchange: as in :meth:`attention_call`.
-            ordered: whether the kernel is better off with gathered keys in global order.
-        """
-        if exchange == "whole":
-            return Site.whole(self._pair)
-        group_name = "" if exchange == "none" else self._group.name
-        layouts = self.layout, self.kv_layout
-        return Site(self._pair, layouts, self.cp_rank, exchange, group_name, ordered=ordered)
-
-    def attend(self, call: AttentionCall) -> AttentionResult:
-        """Built-in attention of the call's queries over all keys they may see.
-
-        Returns:
-            ``out [B, L, N, D_v]``, ``lse [B, L, N]`` and, where it is wanted, ``max_logit [N]`` of these queries.
-        """
-        q, k, v = call.q, call.k, call.v
-        batch, rows, heads = q.shape[:3]
-        if self.kv_padded_rows is not None:  # rows of a batch with padding are laid end to end
-            q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-        plan, terms, indices = self._prepared(call, q.device)
-        out, lse = attention(q, k, v, plan, terms, sinks=call.sinks, indices=indices)
-        largest = max_logit(q, k, plan, terms, indices) if call.wants_max_logit else None
-        return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
-
-    @eager
-    def _prepared(self, call: AttentionCall, device: torch.device) -> tuple[Tensor, Terms, Indices]:
-        """The packed plan of a call and what else the operator takes."""
-        site = self.site(call)
-        terms = self._terms(call, site)
-        positions = site.positions(device) if terms.dropout_p else ()
-        return site.plan(call.mask), terms, Indices(site.places(device), *positions)
-
-    def _terms(self, call: AttentionCall, site: Site) -> Terms:
-        options = call.options
-        return Terms(
-            scale=call.scale,
-            kernel=call.kernel,
-            exchange=site.exchange,
-            group_name=site.group_name,
-            wire=self.config.gradient_wire_dtype or "",
-            softcap=float(options.softcap or 0.0),
-            dropout_p=float(options.dropout_p or 0.0),
-            dropout_seed=options.dropout_seed or 0,
-            layer=options.layer_number or 0,
-            first_head=call.first_head,
-            tokens=site.tokens,
-            repeats=call.repeats,
-        )
-
-    def attend_whole(self, call: AttentionCall) -> AttentionResult:
-        """Attention over whole documents held on this rank, by the built-in kernels or the caller's module.
-
-        Args:
-            call: a call whose tensors hold all tokens in global order, ``[B, S, heads, D]``; see
-                :meth:`AttentionCall.replaced`.
-
-        Returns:
-            ``out [B, S, heads, D_v]`` and, but from a module, ``lse [B, S, heads]``.
-        """
-        if call.module is None:
-            return self.attend(call)
-        return AttentionResult(self._call_module(call), None, None)
-
-    def result(self, call: AttentionCall, result: AttentionResult) -> Tensor | AttentionResult:
-        """What ``core_attn`` returns, from local rows of all heads; settles the largest score over the group.
-
-        Args:
-            call: the call.
-            result: ``out [B, L, N, D_v]``, ``lse [B, L, N]``, ``max_logit [N]`` of what this rank has seen.
-        """
-        if call.wants_max_logit and result.max_logit is not None:
-            largest = result.max_logit
-            if self.cp_size > 1:
-                largest = collectives.maximum(largest, self._group.name)
-            if call.settings is not None:
-                call.settings.record(largest)
-            result = result._replace(max_logit=largest)
-        return call.arranged(result)
-
-    def _call_module(self, call: AttentionCall) -> Tensor:
-        """Give whole documents to the caller's module, padding removed."""
-        queries = StreamMetadata(self.documents, self.padded_rows, self.max_seqlen_q)
-        keys = StreamMetadata(self.kv_documents, self.kv_padded_rows, self.max_seqlen_kv)
-        streams = (queries, keys, keys)
-        tensors = [
-            _without_padding(from_batch_first(x, self.qkv_format), stream)
-            for x, stream in zip((call.q, call.k, call.v), streams, strict=True)
-        ]
-        packed = self.qkv_format == "thd"
-        out = call.module(
-            *tensors,
-            cu_seqlens_q=_valid_offsets(queries, call.q.device) if packed else None,
-            cu_seqlens_kv=_valid_offsets(keys, call.q.device) if packed else None,
-            max_seqlen_q=_longest(queries) if packed else self.max_seqlen_q,
-            max_seqlen_kv=_longest(keys) if packed else self.max_seqlen_kv,
-            mask=call.mask,
-        )
-        expected = (*tensors[0].shape[:-1], call.v.shape[-1])
-        if not isinstance(out, Tensor) or out.shape != expected:
-            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    def _shards(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> tuple[Shard, Shard]:
+        """This rank's shards of the two streams; the same object twice in self attention."""
+        specs = layout if isinstance(layout, tuple) else (layout, layout)
+        if len(specs) != 2 or (isinstance(layout, tuple) and not self.is_cross_attention):
             raise InvalidValueError(
-                "attn_mod must return [..., heads, D_v] in qkv_format", got=got, fix=f"expected {list(expected)}"
+                "a pair of layouts is for the query and the key stream of cross attention",
+                got=repr(layout),
+                fix="pass one layout; cu_seqlens_kv or max_seqlen_kv make a key stream",
             )
-        if self.documents.has_padding:
-            kept = device_copy(self.documents.valid_tokens, out.device)
-            out = out.new_zeros(self.documents.num_tokens, *out.shape[1:]).index_copy(0, kept, out)
-        return batch_first(out, self.qkv_format)
+        asked = [self.default_layout if spec is None else spec for spec in specs]
+        layouts = place((asked[0], asked[1]), self.queries, self.keys, self.mask, self.cp_size, tile=self.config.tile)
+        made = []
+        for stream, placed in zip((self.queries, self.keys), layouts, strict=True):
+            self._check_one_rank(placed)
+            made.append(Shard(stream.documents, placed, self.cp_rank, stream.padded_rows, self.device))
+        if layouts[0].replicated != layouts[1].replicated:
+            raise UnsupportedError(
+                "one stream is replicated and the other is not", fix="use the replicated layout for both or none"
+            )
+        return (made[0], made[1]) if self.is_cross_attention else (made[0], made[0])
+
+    def _check_one_rank(self, layout: Layout) -> None:
+        if self.cp_size == 1 and not layout.keeps_global_order:
+            raise UnsupportedError(
+                "one rank holds all tokens in global order", got=repr(layout), fix="pass layout=None with one rank"
+            )
+
+    def make_attention(self) -> Attention:
+        """The algorithm over this handler's shards."""
+        return self.attention_over(self)
+
+    @classmethod
+    def attention_over(cls, host: LayoutHandler, *, served_elsewhere: frozenset[str] = frozenset()) -> Attention:
+        """This class's algorithm over a handler's shards: its own, or one that has another algorithm in each layer.
+
+        Args:
+            host: the handler.
+            served_elsewhere: features whose settings are meant for other layers, so that they are not refused.
+
+        Raises:
+            UnsupportedError: what the class does not serve.
+        """
+        table = replace(cls.capabilities, features=cls.capabilities.features | served_elsewhere)
+        return cls.attention_cls(host, cls.__name__, table, cls.exchange)
+
+    @property
+    def algorithm(self) -> str:
+        """How this handler computes attention, the same on every rank that computes it in the same way."""
+        return type(self).__name__
+
+    def core_attn(
+        self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
+    ) -> Any:
+        """See :meth:`ContextParallelHandler.core_attn`."""
+        return self.attention(attn_mod, (query, key, value), options)
+
+    def shard(self, stream: str = "q") -> Shard:
+        """See :meth:`ContextParallelHandler.shard`."""
+        return self.shards[stream]
+
+    @property
+    def sequence_sharded(self) -> bool:
+        """False under the replicated layout."""
+        return self.cp_size > 1 and not self.layout.replicated
+
+    @untraced
+    def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
+        name = "positions" if freqs_mode == "per_document" else "tokens"
+        return self.shards[stream].tensor(name, device).clamp(min=0)
+
+    def agree(self, call: str = "agree", error: Exception | None = None) -> None:
+        """Check that all ranks of the group hold this batch; does nothing after the first time.
+
+        Every method that communicates does this by itself. Called early, it moves the check to a convenient place.
+
+        Args:
+            call: what this rank is about to do, in words that must be the same on all ranks.
+            error: what this rank is about to raise; it then only tells the others.
+
+        Raises:
+            RankMismatchError: the ranks' batches differ, or another rank raised; on every rank alike.
+        """
+        if self._agreement.pending:
+            self._agreement.settle(self._facts(call), error)
+
+    def _facts(self, call: str) -> dict[str, str]:
+        facts = {"call": call, "handler": f"{self.algorithm}({self.qkv_format})"}
+        for name in ("q", "kv") if self.is_cross_attention else ("q",):
+            shard = self.shards[name]
+            validity, layout = shard.validity, shard.layout
+            of = "" if name == "q" else " of keys"
+            facts |= {
+                f"documents{of}": str(shard.documents.num_documents),
+                f"cu_seqlens_{name}": shown(shard.documents.offsets),
+                f"valid tokens{of}": f"{validity.num_valid_tokens} in runs {shown(validity.runs, 4)}",
+                f"layout{of}": f"{layout.name} of {layout.num_local_tokens} rows {digest(layout.fingerprint)}",
+            }
+        facts["mask"] = self.shown_mask(self.mask)
+        facts["config"] = repr(self.config.model_dump(exclude={"timeout"}))
+        return facts
+
+    def shown_mask(self, mask: Mask) -> str:
+        """A mask by its bands, which say all that matters, and by name; a caller's class may print an address."""
+        name = repr(mask) if is_dataclass(mask) else type(mask).__name__
+        return f"{shortened(name, 60)} {digest(self.shards.bands(mask).tobytes())}"
+
+    def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
+        """Run a check; on the first exchange, let every rank know whether it passed and whether all make one call."""
+        try:
+            result = check()
+        except Exception as error:
+            self.agree(method, error)
+            raise
+        if self._agreement.pending:
+            self.agree(f"{method} {describe(result)}")
+        return result
+
+    @untraced
+    def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
+        """See :meth:`ContextParallelHandler.dispatch`."""
+
+        def check() -> int:
+            dim = self._checked_dim("dispatch", tensor, seq_dim, stream, local=False)
+            filler(pad_value, tensor)
+            return dim
+
+        returns = (
+            self.sequence_sharded and isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
+        )
+        dim = self.agreed("dispatch", check, lambda dim: f"dim {dim} of {kind_of(tensor)}") if returns else check()
+        if not self.sequence_sharded:
+            return tensor
+        return dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name)
+
+    @untraced
+    def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
+        """See :meth:`ContextParallelHandler.combine`."""
+
+        def check() -> int:
+            if grad not in ("replicated", "sum", "scaled"):
+                raise InvalidValueError("unknown grad", got=repr(grad), fix="choose replicated, sum or scaled")
+            return self._checked_dim("combine", tensor, seq_dim, stream, local=True)
+
+        if not self.sequence_sharded:
+            check()
+            return tensor
+        dim = self.agreed("combine", check, lambda dim: f"dim {dim} of {kind_of(tensor)}, grad {grad}")
+        return combine_rows(tensor, dim, self.shards[stream], grad, self.ranks.name)
+
+    def rope(
+        self,
+        tensor: Tensor,
+        freqs: Freqs,
+        *,
+        interleaved: bool = False,
+        mscale: float = 1.0,
+        inverse: bool = False,
+        stream: str = "q",
+    ) -> Tensor:
+        """See :meth:`ContextParallelHandler.rope`."""
+        check_stream(stream)
+        return rotate(tensor, freqs, seq_dim=self.seq_dim, interleaved=interleaved, mscale=mscale, inverse=inverse)
+
+    def _checked_dim(self, method: str, tensor: Any, seq_dim: Any, stream: str, *, local: bool) -> int:
+        check_stream(stream)
+        layout = self.shards[stream].layout
+        rows = layout.num_local_tokens if local else layout.num_tokens
+        if not isinstance(tensor, Tensor) or isinstance(seq_dim, (bool, Tensor)) or not isinstance(seq_dim, int):
+            raise InvalidTypeError(
+                f"{method} takes the tensor first, then the sequence dim",
+                got=f"{type(tensor).__name__}, {type(seq_dim).__name__}",
+                fix=f"call {method}(tensor, seq_dim); Megatron's proposal has them the other way round",
+            )
+        if not -tensor.dim() <= seq_dim < tensor.dim():
+            raise InvalidValueError(f"{method}: the tensor has no dim {seq_dim}", got=f"shape {list(tensor.shape)}")
+        dim = seq_dim % tensor.dim()
+        if tensor.shape[dim] != rows:
+            raise InvalidValueError(
+                f"{method} expects {rows} rows in dim {dim}",
+                got=f"shape {list(tensor.shape)}",
+                fix=self.explain_length(tensor.shape[dim], rows, stream),
+            )
+        return dim
+
+    @untraced
+    def roll_tensor(
+        self,
+        tensor: Tensor | None,
+        shifts: int = -1,
+        dims: int = -1,
+        *,
+        fill_value: float = 0,
+        return_sum: bool = True,
+        stream: str = "q",
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See :meth:`ContextParallelHandler.roll_tensor`."""
+        if tensor is None:
+            return None, None
+
+        def check() -> int:
+            if isinstance(shifts, bool) or not isinstance(shifts, int):
+                raise InvalidTypeError("shifts must be an int", got=repr(shifts))
+            filler(fill_value, tensor)
+            dim = self._checked_dim("roll_tensor", tensor, dims, stream, local=True)
+            self._check_rows_of_batch(tensor, dim, stream)
+            return dim
+
+        def describe(dim: int) -> str:
+            return f"by {shifts} in dim {dim} of {kind_of(tensor)}"
+
+        dim = self.agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
+        rolled = roll(tensor, dim, self._route(stream, shifts, tensor.device), fill_value, self.ranks.name)
+        if self.shards[stream].padded_rows is not None:
+            valid = self.shards[stream].shifted_validity(shifts, rolled.device)
+            rolled = _cleared(rolled, dim, valid, fill_value)
+        return rolled, rolled.sum() if return_sum else None
+
+    def _route(self, stream: str, shifts: int, device: torch.device) -> RollRoute:
+        key = stream, shifts, device
+        if key not in self._routes:
+            self._routes[key] = roll_route(self.shards[stream], shifts, device)
+        return self._routes[key]
+
+    def _check_rows_of_batch(self, tensor: Tensor, dim: int, stream: str) -> None:
+        """With padding, what is real differs from row to row of the batch: the batch dim must be known."""
+        copies = self.shards[stream].copies
+        if self.shards[stream].padded_rows is not None and (
+            tensor.dim() < 2 or dim > 1 or tensor.shape[1 - dim] != copies
+        ):
+            raise InvalidValueError(
+                "with a key-padding mask, roll_tensor needs the batch and the sequence as the first two dims",
+                got=f"shape {list(tensor.shape)} with the sequence in dim {dim}",
+                fix=f"pass [B, L, ...] or [L, B, ...] with B = {copies}",
+            )
 
 
-def _without_padding(x: Tensor, stream: StreamMetadata) -> Tensor:
-    """The rows of real tokens."""
-    if not stream.documents.has_padding:
-        return x
-    return x.index_select(0, device_copy(stream.documents.valid_tokens, x.device))
-
-
-def _valid_offsets(stream: StreamMetadata, device: torch.device) -> Tensor:
-    """``cu_seqlens`` of the real tokens."""
-    return torch.from_numpy(stream.documents.valid_offsets).to(device, torch.int32)
-
-
-def _longest(stream: StreamMetadata) -> int:
-    """Real tokens of the longest document."""
-    offsets = stream.documents.valid_offsets
-    return int((offsets[1:] - offsets[:-1]).max(initial=0))
+def _cleared(rolled: Tensor, dim: int, valid: Tensor, fill_value: float) -> Tensor:
+    """Fill where the row, or the row it came from, is padding in that row of the batch."""
+    keep = valid if dim == 1 else valid.T
+    keep = keep.reshape(*keep.shape, *[1] * (rolled.dim() - 2))
+    fill = as_movable(filler(fill_value, rolled))
+    return restored(as_movable(rolled).masked_fill(~keep, fill), rolled.dtype)

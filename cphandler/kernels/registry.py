@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from importlib import import_module
 
 from torch import Tensor
 
-from cphandler.errors import InvalidValueError, UnsupportedError
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.kernels.kernel import Kernel
+from cphandler.registry import Registry
 
-_KERNELS: dict[tuple[str, str], str] = {
-    ("reference", "any"): "cphandler.kernels.reference:ReferenceKernel",
-    ("torch", "cpu"): "cphandler.kernels.torch_cpu:TorchCpuKernel",
-    ("torch", "cuda"): "cphandler.kernels.torch_cuda:TorchCudaKernel",
-}
+_KERNELS: Registry[tuple[str, str], Kernel] = Registry(
+    "kernel",
+    lambda: Kernel,
+    {
+        ("torch", "cpu"): "cphandler.kernels.torch_cpu:TorchCpuKernel",
+        ("torch", "cuda"): "cphandler.kernels.torch_cuda:TorchCudaKernel",
+        ("reference", "any"): "cphandler.kernels.reference:ReferenceKernel",
+    },
+)
+
+_PREFERENCES: dict[tuple[str, str], int] = {("torch", "cpu"): 20, ("torch", "cuda"): 20, ("reference", "any"): 0}
+"""``"auto"`` takes the highest that takes the call."""
 
 
-def register_kernel(name: str, device_type: str, target: str) -> None:
-    """Make a kernel known: ``target`` is ``"module:Class"``, imported when first used.
+def register_kernel(name: str, device_type: str, target: str | type[Kernel], *, preference: int = 10) -> None:
+    """Make a kernel known.
 
     Args:
         name: what ``CPConfig.kernel`` names.
         device_type: ``"cpu"``, ``"cuda"``, ... or ``"any"``.
-        target: a :class:`Kernel` subclass that takes no arguments.
+        target: a :class:`Kernel` subclass that takes no arguments, or ``"module:Class"``, imported when first used.
+        preference: ``"auto"`` takes the kernel with the highest one that takes a call. torch's have 20, the reference
+            has 0: 10 serves what torch's kernels refuse, 30 goes before them.
+
+    Raises:
+        InvalidTypeError: a target that is neither, or a preference that is no int.
+        InvalidValueError: a name that is no text, or taken on this device by another target.
     """
-    _KERNELS[name.lower(), device_type] = target
-    get_kernel.cache_clear()
+    for what, text in (("name", name), ("device type", device_type)):
+        if not isinstance(text, str) or not text.strip():
+            raise InvalidValueError(f"a kernel's {what} must be a non-empty string", got=repr(text), fix='"mine", say')
+    if isinstance(preference, bool) or not isinstance(preference, int):
+        raise InvalidTypeError("preference must be an int", got=repr(preference), fix="30 goes before torch's kernels")
+    key = name.strip().lower(), device_type.strip().lower()
+    if key[0] == "auto":
+        raise InvalidValueError("no kernel can be called auto", got=repr(name), fix="choose another name")
+    _KERNELS.register(key, target, _shown(key))
+    _PREFERENCES[key] = preference
 
 
 def available_kernels(device_type: str) -> list[str]:
     """Names of the kernels for a device."""
-    return sorted({name for name, device in _KERNELS if device in (device_type, "any")})
+    return sorted({name for name, _ in _on(device_type)})
+
+
+def _on(device_type: str) -> Iterator[tuple[str, str]]:
+    return (key for key in _KERNELS if key[1] in (device_type, "any"))
+
+
+def _shown(key: tuple[str, str]) -> str:
+    return f"{key[0]!r} for {key[1]}"
 
 
 @lru_cache
@@ -41,15 +71,13 @@ def get_kernel(name: str, device_type: str) -> Kernel:
     Raises:
         InvalidValueError: there is none.
     """
-    target = _KERNELS.get((name.lower(), device_type)) or _KERNELS.get((name.lower(), "any"))
-    if target is None:
-        raise InvalidValueError(
-            f"no kernel {name!r} for {device_type} tensors",
-            fix=f"CPConfig.kernel may be auto, {', '.join(available_kernels(device_type))}",
-        )
-    module, _, attribute = target.partition(":")
-    kernel: Kernel = getattr(import_module(module), attribute)()
-    return kernel
+    for key in ((name.lower(), device_type), (name.lower(), "any")):
+        if key in _KERNELS:
+            return _KERNELS.get(key, _shown(key))()
+    raise InvalidValueError(
+        f"no kernel {name!r} for {device_type} tensors",
+        fix=f"CPConfig.kernel may be auto, {', '.join(available_kernels(device_type))}",
+    )
 
 
 def select_kernel(
@@ -80,8 +108,8 @@ def select_kernel(
     wanted = name.lower()
     options = {"deterministic": deterministic, "softcap": softcap, "dropout": dropout}
     if wanted == "auto":
-        known = ("torch", q.device.type) in _KERNELS
-        return "torch" if known and _refusal("torch", q, k, v, **options) is None else "reference"
+        names = dict.fromkeys(key[0] for key in sorted(_on(q.device.type), key=lambda key: -_PREFERENCES[key]))
+        return next((one for one in names if _refusal(one, q, k, v, **options) is None), "reference")
     refusal = _refusal(wanted, q, k, v, **options)
     if refusal is not None:
         raise UnsupportedError(

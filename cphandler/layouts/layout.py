@@ -117,6 +117,7 @@ class Layout:
             isinstance(other, Layout)
             and self.num_tokens == other.num_tokens
             and self.num_local_tokens == other.num_local_tokens
+            and self.replicated == other.replicated
             and len(self.spans) == len(other.spans)
             and all(np.array_equal(a, b) for a, b in zip(self.spans, other.spans, strict=True))
         )
@@ -126,6 +127,12 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"Layout({self.name!r}, num_tokens={self.num_tokens}, cp_size={self.cp_size})"
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Bytes that two layouts share exactly where they are equal."""
+        sizes = [self.num_tokens, self.num_local_tokens, self.replicated, *map(len, self.spans)]
+        return np.concatenate([np.array(sizes, dtype=np.int64), *map(np.ravel, self.spans)]).tobytes()
 
     def positions(self, rank: int) -> Table:
         """``[L]`` global token of each local row of a rank; -1 for a pad row."""

@@ -21,15 +21,15 @@ from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedErr
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec, place
 from cphandler.plan.cost import RankCost, rank_cost
-from cphandler.plan.plan import Plan, make_plan, ring_hops
+from cphandler.plan.plan import Needs, Plan, make_plan, ring_hops
 from cphandler.plan.tasks import task_counts, visibility
 from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.masks import Mask, make_mask, visible_bands
 from cphandler.tokens.metadata import StreamMetadata
 
-COMM_TYPES = ("p2p", "ring", "all_gather")
-"""Ways for keys to reach queries whose plans differ; those that trade heads instead move no key rows by a plan."""
+COMM_TYPES: dict[str, Needs] = {"p2p": "stages", "ring": "hops", "all_gather": "tasks"}
+"""Ways for keys to reach queries, and what each needs in its plan; trading heads moves no key rows by a plan."""
 
 
 def plan_batch(
@@ -117,8 +117,7 @@ class BatchPlan:
         if not 0 <= rank < self.cp_size:
             raise InvalidValueError("there is no such rank", got=rank, fix=f"ranks are 0 to {self.cp_size - 1}")
         self._refuse_replicated()
-        ring, direct = self.cp_comm_type == "ring", self.cp_comm_type == "p2p"
-        return make_plan(self.bands, self.layout, self.layout, rank, ring=ring, direct=direct)
+        return make_plan(self.bands, self.layout, self.layout, rank, needs=COMM_TYPES[self.cp_comm_type])
 
     @cached_property
     def load(self) -> RankCost:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from cphandler.layouts.layout import Layout
 from cphandler.plan.matching import matchings
 from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, visibility
 from cphandler.tokens.intervals import Flags, Table, frozen, offsets_of, table
+
+Needs: TypeAlias = Literal["tasks", "hops", "stages"]
+"""What a plan holds beside its tasks: nothing, how far blocks travel round a ring, or who sends which rows when."""
 
 TO, FROM = range(2)
 """Columns of :attr:`Plan.stages`."""
@@ -93,9 +97,7 @@ class Plan:
         return cls(cp_size, rank, *tables)
 
 
-def make_plan(
-    bands: Table, queries: Layout, keys: Layout, rank: int, *, ring: bool = False, direct: bool = False
-) -> Plan:
+def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, needs: Needs = "tasks") -> Plan:
     """Cut bands into the tasks of one rank.
 
     Args:
@@ -103,8 +105,8 @@ def make_plan(
         queries: layout of the query stream.
         keys: layout of the key stream, over the same ranks or over one.
         rank: the rank whose tasks are wanted.
-        ring: also work out how far each block must travel round a ring.
-        direct: also work out which rows each rank sends to which, and when.
+        needs: ``"hops"``: also how far each block must travel round a ring; ``"stages"``: also which rows each rank
+            sends to which, and when.
 
     Raises:
         UnsupportedError: spans of several strides; on every rank alike, whether its own are among them or not.
@@ -117,10 +119,10 @@ def make_plan(
             fix="use one layout for both streams, of stride 1 such as zigzag, or striped",
         )
     tasks, _ = cut(bands, queries, keys, [rank])
-    if direct:
+    if needs == "stages":
         return _direct_plan(bands, queries, keys, rank, tasks)
     step = (rank - np.arange(keys.cp_size)) % keys.cp_size
-    hops = ring_hops(visibility(bands, queries, keys)) if ring else _empty(2)
+    hops = ring_hops(visibility(bands, queries, keys)) if needs == "hops" else _empty(2)
     return Plan(queries.cp_size, rank, _ordered(coalesced(tasks), step), hops)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.errors import InvalidValueError
-from cphandler.sharding.shard import Stream
+from cphandler.sharding.shard import Shard
 
 GradMode: TypeAlias = Literal["replicated", "sum", "scaled"]
 """What the gradient of a combined tensor means; see :func:`combine_rows`."""
@@ -44,55 +44,55 @@ def filler(value: float, like: Tensor) -> Tensor:
     return torch.tensor(value).to(device=like.device, dtype=dtype)
 
 
-def dispatch_rows(x: Tensor, dim: int, stream: Stream, pad_value: float, group_name: str) -> Tensor:
+def dispatch_rows(x: Tensor, dim: int, shard: Shard, pad_value: float, group_name: str) -> Tensor:
     """This rank's rows of a global tensor.
 
     Args:
         x: ``[..., S, ...]``, the same on every rank.
         dim: dim of the sequence, not negative.
-        stream: whose rows.
+        shard: whose rows.
         pad_value: what pad rows hold.
         group_name: the group; every rank gets the full gradient in the backward pass.
     """
     fill = filler(pad_value, x)
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _local_rows(x, dim, stream, fill)
-    result: Tensor = _Dispatch.apply(x, dim, stream, fill, group_name)  # type: ignore[no-untyped-call]
+        return _local_rows(x, dim, shard, fill)
+    result: Tensor = _Dispatch.apply(x, dim, shard, fill, group_name)  # type: ignore[no-untyped-call]
     return result
 
 
-def combine_rows(x: Tensor, dim: int, stream: Stream, grad: GradMode, group_name: str) -> Tensor:
+def combine_rows(x: Tensor, dim: int, shard: Shard, grad: GradMode, group_name: str) -> Tensor:
     """All ranks' rows in global order.
 
     Args:
         x: ``[..., L, ...]``.
         dim: dim of the sequence, not negative.
-        stream: whose rows.
+        shard: whose rows.
         grad: what the incoming gradient means: ``"replicated"``, every rank computed the same loss, so that the slice
             is right; ``"sum"``, each computed its own part, so that parts are summed over ranks; ``"scaled"``, the
             slice times the number of ranks, for engines that average afterwards.
         group_name: the group.
     """
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return _global_rows(x, dim, stream, group_name)
-    result: Tensor = _Combine.apply(x, dim, stream, grad, group_name)  # type: ignore[no-untyped-call]
+        return _global_rows(x, dim, shard, group_name)
+    result: Tensor = _Combine.apply(x, dim, shard, grad, group_name)  # type: ignore[no-untyped-call]
     return result
 
 
-def _local_rows(x: Tensor, dim: int, stream: Stream, fill: Tensor) -> Tensor:
+def _local_rows(x: Tensor, dim: int, shard: Shard, fill: Tensor) -> Tensor:
     """This rank's rows of a global tensor, ``fill`` on pad rows."""
-    tokens = stream.tensor("tokens", x.device)
+    tokens = shard.tensor("tokens", x.device)
     if x.shape[dim] == 0:
         return x.new_empty([*x.shape[:dim], len(tokens), *x.shape[dim + 1 :]])
     rows = restored(as_movable(x).index_select(dim, tokens.clamp(min=0)), x.dtype)
-    for start, count in stream.pad_runs:
+    for start, count in shard.pad_runs:
         rows.narrow(dim, start, count).copy_(fill)
     return rows
 
 
-def _global_rows(x: Tensor, dim: int, stream: Stream, group_name: str) -> Tensor:
+def _global_rows(x: Tensor, dim: int, shard: Shard, group_name: str) -> Tensor:
     """Gather the ranks' rows and put them in global order."""
-    order = stream.order(x.device)
+    order = shard.order(x.device)
     gathered = collectives.all_gather(as_movable(x).movedim(dim, 0), group_name)
     ordered = gathered if order.identity else gathered.index_select(0, order.places)
     return restored(ordered, x.dtype).movedim(0, dim)
@@ -100,33 +100,33 @@ def _global_rows(x: Tensor, dim: int, stream: Stream, group_name: str) -> Tensor
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, stream: Stream, fill: Tensor, group_name: str) -> Tensor:
-        ctx.dim, ctx.stream, ctx.group_name = dim, stream, group_name
-        return _local_rows(x, dim, stream, fill)
+    def forward(ctx: Any, x: Tensor, dim: int, shard: Shard, fill: Tensor, group_name: str) -> Tensor:
+        ctx.dim, ctx.shard, ctx.group_name = dim, shard, group_name
+        return _local_rows(x, dim, shard, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _global_rows(grad, ctx.dim, ctx.stream, ctx.group_name), None, None, None, None
+        return _global_rows(grad, ctx.dim, ctx.shard, ctx.group_name), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, stream: Stream, grad: GradMode, group_name: str) -> Tensor:
-        ctx.dim, ctx.stream, ctx.grad, ctx.group_name = dim, stream, grad, group_name
-        return _global_rows(x, dim, stream, group_name)
+    def forward(ctx: Any, x: Tensor, dim: int, shard: Shard, grad: GradMode, group_name: str) -> Tensor:
+        ctx.dim, ctx.shard, ctx.grad, ctx.group_name = dim, shard, grad, group_name
+        return _global_rows(x, dim, shard, group_name)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.grad == "sum":
-            ranked = _ranked_rows(grad.movedim(ctx.dim, 0), ctx.stream)
+            ranked = _ranked_rows(grad.movedim(ctx.dim, 0), ctx.shard)
             return collectives.reduce_scatter(ranked, ctx.group_name).movedim(0, ctx.dim), None, None, None, None
-        local = _local_rows(grad, ctx.dim, ctx.stream, grad.new_zeros(()))
-        return local * ctx.stream.layout.cp_size if ctx.grad == "scaled" else local, None, None, None, None
+        local = _local_rows(grad, ctx.dim, ctx.shard, grad.new_zeros(()))
+        return local * ctx.shard.layout.cp_size if ctx.grad == "scaled" else local, None, None, None, None
 
 
-def _ranked_rows(x: Tensor, stream: Stream) -> Tensor:
+def _ranked_rows(x: Tensor, shard: Shard) -> Tensor:
     """``[S, ...]`` in global order as ``[P * L, ...]`` in rank order, zeros on pad rows."""
-    order = stream.order(x.device)
+    order = shard.order(x.device)
     if order.identity:
         return x
     if not len(x):

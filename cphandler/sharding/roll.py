@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.sharding.dispatch import as_movable, filler, restored
-from cphandler.sharding.shard import Stream, device_copy
+from cphandler.sharding.shard import Shard, device_copy
 from cphandler.tokens.intervals import Table
 
 
@@ -34,17 +34,17 @@ class RollRoute(NamedTuple):
     recv_counts: list[int]
 
 
-def roll_route(stream: Stream, shift: int, device: torch.device) -> RollRoute:
+def roll_route(shard: Shard, shift: int, device: torch.device) -> RollRoute:
     """The route of ``rolled[t] = x[t - shift]`` inside each document; both ends of a message compute it alone.
 
-    A row moves where both tokens are in one document and, in a packed stream, both are real. Rows of a dense batch with
+    A row moves where both tokens are in one document and, in a packed shard, both are real. Rows of a dense batch with
     padding all move; the caller clears those that are not real.
     """
-    held = np.flatnonzero(stream.tokens >= 0)
-    to_rank, to_row = _partner(stream, held, shift)
-    from_rank, _ = _partner(stream, held, -shift)
+    held = np.flatnonzero(shard.tokens >= 0)
+    to_rank, to_row = _partner(shard, held, shift)
+    from_rank, _ = _partner(shard, held, -shift)
     leaves, arrives = to_rank >= 0, from_rank >= 0
-    rank, size = stream.rank, stream.layout.cp_size
+    rank, size = shard.rank, shard.layout.cp_size
     stays = leaves & (to_rank == rank)
     goes = np.flatnonzero(leaves & (to_rank != rank))
     goes = goes[np.lexsort((to_row[goes], to_rank[goes]))]
@@ -61,18 +61,18 @@ def roll_route(stream: Stream, shift: int, device: torch.device) -> RollRoute:
     )
 
 
-def _partner(stream: Stream, rows: Table, distance: int) -> tuple[Table, Table]:
+def _partner(shard: Shard, rows: Table, distance: int) -> tuple[Table, Table]:
     """Rank and local row of the token ``distance`` after that of each local row; -1 where the document has none."""
-    documents, tokens = stream.documents, stream.tokens[rows]
+    documents, tokens = shard.documents, shard.tokens[rows]
     partner = tokens + distance
     document = documents.document_of(tokens)
     inside = (partner >= documents.offsets[document]) & (partner < documents.offsets[document + 1])
-    if stream.padded_rows is None:
+    if shard.padded_rows is None:
         inside &= documents.is_valid(tokens) & documents.is_valid(partner)
-    places = stream.layout.inverse[np.where(inside, partner, 0)] if stream.layout.num_tokens else partner
-    rank, row = np.divmod(places, max(1, stream.num_local_tokens))
-    if stream.layout.replicated:
-        rank = np.full_like(rank, stream.rank)
+    places = shard.layout.inverse[np.where(inside, partner, 0)] if shard.layout.num_tokens else partner
+    rank, row = np.divmod(places, max(1, shard.num_local_tokens))
+    if shard.layout.replicated:
+        rank = np.full_like(rank, shard.rank)
     return np.where(inside, rank, -1), np.where(inside, row, -1)
 
 

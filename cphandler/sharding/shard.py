@@ -1,14 +1,15 @@
-"""One stream of tokens as a rank sees it: documents x layout -> positions, index tensors, fragments."""
+"""A rank's shard of a stream of tokens: documents x layout -> positions, index tensors, fragments."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import LENGTH, LOCAL, START, STRIDE, Layout
 from cphandler.sharding.order import SequenceOrder
 from cphandler.tokens.documents import Documents
@@ -30,13 +31,85 @@ class Fragments(NamedTuple):
     local: Table
 
 
+HOST = torch.device("cpu")
+
+
+class ShardFacts(Protocol):
+    """What a handler tells of the rows that its rank holds of one stream; tensors are the caller's own."""
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank holds which tokens."""
+
+    @property
+    def num_local_tokens(self) -> int:
+        """Physical rows L this rank holds."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``[L]`` int64 position of each local row in its document; for a dense batch, in every row of it."""
+
+    @property
+    def valid_mask(self) -> Tensor:
+        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a local row holds a real token."""
+
+    @property
+    def fragments(self) -> Fragments:
+        """The runs of one document each that this rank holds."""
+
+
+class EngineShard:
+    """The facts of a shard whose layout an engine keeps to itself.
+
+    Args:
+        position_ids: ``[L]`` int64.
+        valid_mask: ``[L]`` or ``[B, L]`` bool.
+    """
+
+    def __init__(self, position_ids: Tensor, valid_mask: Tensor) -> None:
+        self._position_ids, self._valid_mask = position_ids, valid_mask
+
+    @property
+    def layout(self) -> Layout:
+        """Unknown here.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("this engine does not show its layout", fix="ask position_ids and valid_mask instead")
+
+    @property
+    def num_local_tokens(self) -> int:
+        """Physical rows L this rank holds."""
+        return len(self._position_ids)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``[L]`` int64 position of each local row in its document."""
+        return self._position_ids.clone()
+
+    @property
+    def valid_mask(self) -> Tensor:
+        """``[L]`` or ``[B, L]`` bool: True where a local row holds a real token."""
+        return self._valid_mask.clone()
+
+    @property
+    def fragments(self) -> Fragments:
+        """Unknown here.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("this engine does not list its fragments", fix="ask position_ids and valid_mask instead")
+
+
 def device_copy(array: Table | Flags, device: torch.device) -> Tensor:
     """An index array on a device; an ordinary tensor also under inference mode, since a batch may train later."""
     with torch.inference_mode(mode=False):
         return torch.from_numpy(np.array(array)).to(device)
 
 
-class Stream:
+class Shard:
     """Documents cut by a layout, seen from one rank.
 
     Args:
@@ -45,9 +118,18 @@ class Stream:
         rank: this rank.
         padded_rows: for a dense batch with a key-padding mask, the documents of all its rows laid end to end; None
             where the batch dim is inert.
+        device: where facts are handed out.
     """
 
-    def __init__(self, documents: Documents, layout: Layout, rank: int, padded_rows: Documents | None = None) -> None:
+    def __init__(
+        self,
+        documents: Documents,
+        layout: Layout,
+        rank: int,
+        padded_rows: Documents | None = None,
+        device: torch.device = HOST,
+    ) -> None:
+        self.device = device
         self.documents = documents
         self.layout = layout
         self.rank = rank
@@ -69,6 +151,16 @@ class Stream:
     def num_local_tokens(self) -> int:
         """Local rows L."""
         return self.layout.num_local_tokens
+
+    @property
+    def position_ids(self) -> Tensor:
+        """``[L]`` int64 position of each local row in its document; the caller's own."""
+        return self.tensor("positions", self.device).clone()
+
+    @property
+    def valid_mask(self) -> Tensor:
+        """``[L]``, or ``[B, L]`` with a key-padding mask, bool; the caller's own."""
+        return self.tensor("valid", self.device).clone()
 
     @cached_property
     def tokens(self) -> Table:
@@ -124,10 +216,17 @@ class Stream:
         return [(int(run[0]), len(run)) for run in np.split(pads, cuts) if len(run)]
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """One of this stream's index arrays (``tokens``, ``positions``, ``valid``) on a device, cached."""
+        """One of this shard's index arrays (``tokens``, ``positions``, ``valid``) on a device, cached."""
         key = name, device
         if key not in self._tensors:
             self._tensors[key] = device_copy(getattr(self, name), device)
+        return self._tensors[key]
+
+    def pads(self, device: torch.device) -> Tensor:
+        """``[L]`` bool: True for a local row that holds no token at all, cached."""
+        key = "pads", device
+        if key not in self._tensors:
+            self._tensors[key] = device_copy(self.tokens < 0, device)
         return self._tensors[key]
 
     def order(self, device: torch.device) -> SequenceOrder:
@@ -140,18 +239,27 @@ class Stream:
         return self._orders[device]
 
 
-class StreamPair:
-    """Who attends to whom: a query stream and a key stream, the same one twice in self attention.
+class ShardPair:
+    """Who attends to whom: a rank's shards of the query and the key stream, the same one twice in self attention.
 
     Args:
-        queries: the query stream.
-        keys: the key stream; as many rows of the batch as the query stream.
+        queries: of the query stream.
+        keys: of the key stream; as many rows of the batch as the query stream.
     """
 
-    def __init__(self, queries: Stream, keys: Stream) -> None:
+    def __init__(self, queries: Shard, keys: Shard) -> None:
         self.queries = queries
         self.keys = keys
         self._bands: dict[Mask, Table] = {}
+
+    @property
+    def is_crossing(self) -> bool:
+        """Whether keys are a stream of their own."""
+        return self.keys is not self.queries
+
+    def __getitem__(self, stream: str) -> Shard:
+        """The shard of stream ``"q"`` or ``"kv"``."""
+        return self.queries if stream == "q" else self.keys
 
     def bands(self, mask: Mask) -> Table:
         """A mask's bands over one row of the batch, cached.

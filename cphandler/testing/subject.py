@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cphandler.attention.capabilities import FORMATS, Capabilities
 from cphandler.config import CPConfig
-from cphandler.handler.capabilities import FORMATS, Capabilities
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing.cases import Case, handler_class

@@ -1,0 +1,323 @@
+"""Attention over one batch by one algorithm: what a handler hands ``core_attn`` to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first
+from cphandler.attention.capabilities import Capabilities
+from cphandler.attention.loop import AttentionResult, Indices, Scalars, attention, max_logit
+from cphandler.attention.options import AttentionOptions, OptionalArguments
+from cphandler.attention.plans import Plans
+from cphandler.comm import collectives
+from cphandler.comm.groups import CPGroup
+from cphandler.config import CPConfig
+from cphandler.errors import InvalidValueError, UnsupportedError
+from cphandler.kernels import get_kernel
+from cphandler.layouts.layout import LAYOUTS
+from cphandler.sharding.dispatch import GradMode
+from cphandler.sharding.shard import ShardPair, device_copy
+from cphandler.tokens.masks import Mask
+from cphandler.tokens.metadata import StreamMetadata
+from cphandler.tracing import untraced
+
+T = TypeVar("T")
+
+
+class Host(Protocol):
+    """What attention asks of the handler that it works for."""
+
+    config: CPConfig
+    ranks: CPGroup
+    shards: ShardPair
+    queries: StreamMetadata
+    keys: StreamMetadata
+
+    @property
+    def qkv_format(self) -> Any:
+        """Order of the dims of queries, keys and values."""
+
+    @property
+    def mask(self) -> Mask:
+        """Who sees whom, unless a call says otherwise."""
+
+    def agree(self, call: str, error: Exception | None = None) -> None:
+        """Tell the other ranks what this one is about to do, or to raise."""
+
+    def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
+        """This rank's rows of a global tensor."""
+
+    def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
+        """All ranks' rows in global order."""
+
+    def explain_length(self, got: int, expected: int, stream: str = "q") -> str:
+        """What a wrong sequence length probably means."""
+
+    def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
+        """The result of a check, once all ranks know whether it passed and whether they make one call."""
+
+    def shown_mask(self, mask: Mask) -> str:
+        """A mask in a few words, the same on every rank that has the same one."""
+
+
+class Attention:
+    """One algorithm over one batch: checks a call, computes, and arranges what comes back.
+
+    A backend that only moves keys names its ``exchange``. One that does something else around attention overrides
+    :meth:`compute`, and where it needs more than the shards, :meth:`set_up`; what it cannot serve beyond the table of
+    its capabilities it refuses in :meth:`check_batch` and :meth:`check_call`.
+
+    Args:
+        host: the handler.
+        name: the handler class's name, for errors.
+        capabilities: what that class serves.
+        exchange: how keys reach the queries: the name of an exchange; empty where it brings whole documents.
+    """
+
+    whole: ClassVar[bool] = False
+    """Whether the algorithm brings whole documents to a rank, so that a caller's own attention can be served."""
+
+    def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
+        self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
+        self._plans: dict[bool, Plans] = {}
+        self.check_batch()
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Make what the algorithm needs beside the shards, such as groups of its own; nothing by default."""
+
+    def check_batch(self) -> None:
+        """Refuse the batch where the algorithm does not serve it, on every rank alike.
+
+        Raises:
+            UnsupportedError: what the capability table lacks.
+        """
+        table, config, shards = self.capabilities, self.host.config, self.host.shards
+        table.require_format(self.name, self.host.qkv_format)
+        asked = {
+            "cross_attention": shards.is_crossing,
+            "key_padding_mask": shards.keys.padded_rows is not None,
+            "gradient_wire_dtype": config.gradient_wire_dtype is not None,
+            "ulysses_degree": config.ulysses_degree is not None,
+        }
+        table.require(self.name, *(feature for feature, given in asked.items() if given))
+        for shard in (shards.queries, shards.keys):
+            layout = shard.layout
+            if self.host.ranks.size > 1 and (layout.name in LAYOUTS or layout.replicated):
+                table.require_layout(self.name, "replicated" if layout.replicated else layout.name)
+
+    def check_call(self, call: AttentionCall) -> None:
+        """Refuse a call beyond what the table says; nothing by default.
+
+        Raises:
+            InvalidValueError: sizes that do not go together.
+            UnsupportedError: what the algorithm cannot do.
+        """
+
+    def compute(self, call: AttentionCall) -> AttentionResult:
+        """The algorithm: from local rows of all heads to local rows of all heads.
+
+        Args:
+            call: a checked call.
+
+        Returns:
+            ``out [B, L, N, D_v]``, ``lse [B, L, N]`` and, where it is wanted, ``max_logit [N]`` of what this rank saw.
+        """
+        return self.attend_whole(call) if self.whole else self.attend(call)
+
+    def __call__(self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Any:
+        """All of ``core_attn``; see :meth:`ContextParallelHandler.core_attn`."""
+        call = self.checked(attn_mod, tensors, options)
+        return self.settled(call, self.compute(call))
+
+    @untraced
+    def checked(
+        self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments
+    ) -> AttentionCall:
+        """Check a ``core_attn`` call, and that every rank makes the same one.
+
+        Args:
+            attn_mod: see :meth:`ContextParallelHandler.core_attn`.
+            tensors: local query, key and value.
+            options: keyword options.
+        """
+        host = self.host
+
+        def check() -> AttentionCall:
+            padded = host.shards.keys.padded_rows
+            batch = None if padded is None else padded.num_documents
+            rows = host.shards.queries.num_local_tokens, host.shards.keys.num_local_tokens
+            call = AttentionCall.of(
+                attn_mod,
+                tensors,
+                options=AttentionOptions.checked(options),
+                rules=TensorRules(host.qkv_format, rows, batch, host.explain_length),
+                mask=host.mask,
+                config=host.config,
+            )
+            self._check_capabilities(call)
+            self.check_call(call)
+            if call.module is None:
+                self.plans(call).plan(call.mask)
+            return call
+
+        return host.agreed("core_attn", check, lambda call: f"{call.describe()}, {host.shown_mask(call.mask)}")
+
+    def _check_capabilities(self, call: AttentionCall) -> None:
+        features = list(call.options.features)
+        if call.q.shape[-1] != call.v.shape[-1]:
+            features.append("value_head_dim")
+        if call.module is not None:
+            features.append("own_attention")
+        if call.wants_max_logit:
+            features.append("return_max_logit")
+        self.capabilities.require(self.name, *features)
+        if call.module is None:
+            return
+        padded = self.host.shards.keys.padded_rows is not None
+        told = [*call.options.features, *(["key_padding_mask"] if padded else [])]
+        if told:
+            raise UnsupportedError(
+                f"a callable attn_mod is not told of {', '.join(told)}",
+                fix="let the callable know by itself, or pass attn_mod=None or a CoreAttention",
+            )
+
+    def plans(self, call: AttentionCall) -> Plans:
+        """The plans of a call's attention; made once per batch."""
+        ordered = get_kernel(call.kernel, call.q.device.type).takes_prefix
+        if ordered not in self._plans:
+            self._plans[ordered] = self.make_plans(ordered)
+        return self._plans[ordered]
+
+    def make_plans(self, ordered: bool) -> Plans:
+        """Plans over all tokens where whole documents come here, else over the shards' layouts.
+
+        Args:
+            ordered: whether the kernel is better off with gathered keys in global order.
+        """
+        pair, group = self.host.shards, self.host.ranks
+        if self.whole:
+            return Plans.whole(pair)
+        layouts = pair.queries.layout, pair.keys.layout
+        if group.size == 1:
+            return Plans(pair, layouts, group.rank)
+        return Plans(pair, layouts, group.rank, self.exchange, group.name, ordered=ordered)
+
+    def attend(self, call: AttentionCall) -> AttentionResult:
+        """Built-in attention of the call's queries over all keys they may see, wherever the exchange finds them.
+
+        Returns:
+            ``out [B, L, N, D_v]``, ``lse [B, L, N]`` and, where it is wanted, ``max_logit [N]`` of these queries.
+        """
+        q, k, v = call.q, call.k, call.v
+        batch, rows, heads = q.shape[:3]
+        if self.host.shards.keys.padded_rows is not None:  # rows of a batch with padding are laid end to end
+            q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
+        plan, scalars, indices = self._prepared(call, q.device)
+        out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
+        largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
+        return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
+
+    @untraced
+    def _prepared(self, call: AttentionCall, device: torch.device) -> tuple[Tensor, Scalars, Indices]:
+        """The packed plan of a call and what else the operator takes."""
+        plans = self.plans(call)
+        scalars = self._scalars(call, plans)
+        positions = plans.positions(device) if scalars.dropout_p else ()
+        return plans.plan(call.mask), scalars, Indices(plans.places(device), *positions)
+
+    def _scalars(self, call: AttentionCall, plans: Plans) -> Scalars:
+        options = call.options
+        return Scalars(
+            scale=call.scale,
+            kernel=call.kernel,
+            exchange=plans.exchange,
+            group_name=plans.group_name,
+            wire=self.host.config.gradient_wire_dtype or "",
+            softcap=float(options.softcap or 0.0),
+            dropout_p=float(options.dropout_p or 0.0),
+            dropout_seed=options.dropout_seed or 0,
+            layer=options.layer_number or 0,
+            first_head=call.first_head,
+            tokens=plans.tokens,
+            repeats=call.repeats,
+        )
+
+    def attend_whole(self, call: AttentionCall) -> AttentionResult:
+        """Attention over whole documents held on this rank, by the built-in kernels or the caller's own.
+
+        Args:
+            call: a call whose tensors hold all tokens in global order, ``[B, S, heads, D]``; see
+                :meth:`AttentionCall.replaced`.
+
+        Returns:
+            ``out [B, S, heads, D_v]`` and, but from a caller's own attention, ``lse [B, S, heads]``.
+        """
+        if call.module is None:
+            return self.attend(call)
+        return AttentionResult(self._call_module(call), None, None)
+
+    def settled(self, call: AttentionCall, result: AttentionResult) -> Tensor | AttentionResult:
+        """What ``core_attn`` returns, from local rows of all heads; settles the largest score over the group.
+
+        Args:
+            call: the call.
+            result: see :meth:`compute`.
+        """
+        if call.wants_max_logit and result.max_logit is not None:
+            largest = result.max_logit
+            if self.host.ranks.size > 1:
+                largest = collectives.maximum(largest, self.host.ranks.name)
+            if call.core is not None:
+                call.core.record(largest)
+            result = result._replace(max_logit=largest)
+        return call.arranged(result)
+
+    def _call_module(self, call: AttentionCall) -> Tensor:
+        """Give whole documents to the caller's module, padding removed."""
+        queries, keys, form = self.host.queries, self.host.keys, self.host.qkv_format
+        tensors = [
+            _without_padding(from_batch_first(x, form), stream)
+            for x, stream in zip((call.q, call.k, call.v), (queries, keys, keys), strict=True)
+        ]
+        packed = form == "thd"
+        out = call.module(
+            *tensors,
+            cu_seqlens_q=_valid_offsets(queries, call.q.device) if packed else None,
+            cu_seqlens_kv=_valid_offsets(keys, call.q.device) if packed else None,
+            max_seqlen_q=_longest(queries) if packed else queries.max_seqlen,
+            max_seqlen_kv=_longest(keys) if packed else keys.max_seqlen,
+            mask=call.mask,
+        )
+        expected = (*tensors[0].shape[:-1], call.v.shape[-1])
+        if not isinstance(out, Tensor) or out.shape != expected:
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise InvalidValueError(
+                "attn_mod must return [..., heads, D_v] in qkv_format", got=got, fix=f"expected {list(expected)}"
+            )
+        if queries.documents.has_padding:
+            kept = device_copy(queries.documents.valid_tokens, out.device)
+            out = out.new_zeros(queries.documents.num_tokens, *out.shape[1:]).index_copy(0, kept, out)
+        return batch_first(out, form)
+
+
+def _without_padding(x: Tensor, stream: StreamMetadata) -> Tensor:
+    """The rows of real tokens."""
+    if not stream.documents.has_padding:
+        return x
+    return x.index_select(0, device_copy(stream.documents.valid_tokens, x.device))
+
+
+def _valid_offsets(stream: StreamMetadata, device: torch.device) -> Tensor:
+    """``cu_seqlens`` of the real tokens."""
+    return torch.from_numpy(stream.documents.valid_offsets).to(device, torch.int32)
+
+
+def _longest(stream: StreamMetadata) -> int:
+    """Real tokens of the longest document."""
+    offsets = stream.documents.valid_offsets
+    return int((offsets[1:] - offsets[:-1]).max(initial=0))
