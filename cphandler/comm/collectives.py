@@ -8,9 +8,7 @@ values, never half-done transfers. Pure data movement goes as bytes, so that any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,48 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cphandler.comm.traffic import record_sent
 from cphandler.errors import InvalidValueError, RankMismatchError
 from cphandler.precision import accumulator_dtype
-
-
-@dataclass
-class Traffic:
-    """What this rank sent to other ranks while :func:`record_traffic` was active.
-
-    Attributes:
-        sent_bytes: payload in bytes, not counting what stays on the rank.
-        messages: sends to one peer each; a collective counts one per peer.
-        by_operation: bytes per kind of operation.
-    """
-
-    sent_bytes: int = 0
-    messages: int = 0
-    by_operation: dict[str, int] = field(default_factory=dict)
-
-    def add(self, operation: str, sent_bytes: int, messages: int) -> None:
-        """Count one operation."""
-        self.sent_bytes += sent_bytes
-        self.messages += messages
-        self.by_operation[operation] = self.by_operation.get(operation, 0) + sent_bytes
-
-
-_recorders: list[Traffic] = []
-
-
-@contextmanager
-def record_traffic() -> Iterator[Traffic]:
-    """Count what this process sends inside the ``with`` block, forward and backward alike."""
-    traffic = Traffic()
-    _recorders.append(traffic)
-    try:
-        yield traffic
-    finally:
-        _recorders.remove(traffic)
-
-
-def _record(operation: str, sent_bytes: int, messages: int) -> None:
-    for traffic in _recorders:
-        traffic.add(operation, sent_bytes, messages)
 
 
 class Members(NamedTuple):
@@ -195,7 +154,7 @@ def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, i
     group, _, _, ranks = members(group_name)
     operations = [dist.P2POp(dist.isend, part, group=group, group_peer=ranks[peer]) for part, peer in outgoing]
     operations += [dist.P2POp(dist.irecv, part, group=group, group_peer=ranks[peer]) for part, peer in incoming]
-    _record("send", sum(part.nbytes for part, _ in outgoing), len(outgoing))
+    record_sent("send", sum(part.nbytes for part, _ in outgoing), len(outgoing))
     works = dist.batch_isend_irecv(operations) if operations else []
     return Transfer(works, [part for part, _ in [*outgoing, *incoming]])
 
@@ -240,7 +199,7 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
         return received
     group, size, rank, peers = members(group_name)
     sent = _bytes_of_rows(x.contiguous())
-    _record("all_to_all", sent.nbytes - send_counts[rank] * sent.shape[1], size - 1)
+    record_sent("all_to_all", sent.nbytes - send_counts[rank] * sent.shape[1], size - 1)
     receives, sends = ([0] * dist.get_world_size(group) for _ in range(2))
     for i, peer in enumerate(peers):
         receives[peer], sends[peer] = recv_counts[i], send_counts[i]
@@ -281,7 +240,7 @@ def all_gather(x: Tensor, group_name: str) -> Tensor:
         peers = [peer for peer in range(size) if peer != rank]
         post([(x, peer) for peer in peers], [(parts[peer], peer) for peer in peers], group_name).wait()
     else:
-        _record("all_gather", x.nbytes * (size - 1), size - 1)
+        record_sent("all_gather", x.nbytes * (size - 1), size - 1)
         _all_gather_into(_bytes(gathered), _bytes(x), group=group)
     return gathered
 
@@ -354,7 +313,7 @@ def agree(payload: bytes, group_name: str, timeout: float | None) -> list[bytes]
         waits = {peer: dist.irecv(everyone[peer], group=group, group_src=peer) for peer in peers}
     else:
         waits = {-1: dist.all_gather([*everyone], mine, group=group, async_op=True)}
-    _record("check", mine.nbytes * len(peers), len(peers))
+    record_sent("check", mine.nbytes * len(peers), len(peers))
     missing = [peer for peer, work in waits.items() if not _wait(work, limit)]
     if missing:
         who = "some rank" if missing == [-1] else f"rank {', '.join(map(str, missing))}"
