@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cphandler.attention.exchange import Exchange, register_exchange
     from cphandler.attention.loop import AttentionResult
     from cphandler.attention.options import AttentionModule, AttentionOptions, CoreAttention
-    from cphandler.comm.collectives import Traffic, record_traffic
+    from cphandler.comm.traffic import Traffic, record_traffic
     from cphandler.config import CPConfig
     from cphandler.errors import (
         CPError,
@@ -153,7 +153,7 @@ _MODULES: dict[str, str] = {
     "RankMismatchError": "errors",
     "SharedQuestion": "tokens.masks",
     "SlidingWindow": "tokens.masks",
-    "Traffic": "comm.collectives",
+    "Traffic": "comm.traffic",
     "UnsupportedError": "errors",
     "available_cp_handlers": "handler.factory",
     "connect_zero_loss": "training.losses",
@@ -163,7 +163,7 @@ _MODULES: dict[str, str] = {
     "pack_documents": "tokens.packing",
     "pack_lengths": "tokens.packing",
     "plan_batch": "plan.batch_plan",
-    "record_traffic": "comm.collectives",
+    "record_traffic": "comm.traffic",
     "register_cp_handler": "handler.factory",
     "unpack_documents": "tokens.packing",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -137,6 +138,42 @@ def traffic_case() -> tuple[int, int, dict[str, int]]:
 def test_traffic_is_counted(ranks: RankPool) -> None:
     expected = 3 * 2 * 4 * 4 + 3 * 3 * 8 + 5 * 4
     assert ranks.run(traffic_case) == [(expected, 3 + 3 + 1, {"all_to_all": 96, "send": 92})] * 4
+
+
+def overlapping_blocks() -> list[tuple[int, int]]:
+    """Blocks in each other, blocks that end in the order in which they began, a recursion, and another thread."""
+    name = str(dist.group.WORLD.group_name)
+
+    def send() -> None:
+        all_gather(torch.zeros(1), name)
+
+    blocks = [record_traffic() for _ in range(4)]
+    with record_traffic() as outer:
+        first, second = blocks[0].__enter__(), blocks[1].__enter__()
+        send()
+        blocks[0].__exit__(None, None, None)
+        send()
+        blocks[1].__exit__(None, None, None)
+        with record_traffic() as inner:
+            pass
+        send()
+
+        def nested(depth: int) -> int:
+            with record_traffic() as traffic:
+                send()
+                return traffic.sent_bytes if depth == 0 else traffic.sent_bytes + nested(depth - 1)
+
+        assert nested(2) == 3 * 12
+        thread = threading.Thread(target=send)
+        thread.start()
+        thread.join()
+    send()
+    return [(traffic.sent_bytes, traffic.messages) for traffic in (outer, first, second, inner)]
+
+
+def test_blocks_that_count_may_overlap(ranks: RankPool) -> None:
+    """Two counts that hold equal numbers are still two."""
+    assert ranks.run(overlapping_blocks) == [[(7 * 12, 7 * 3), (12, 3), (24, 6), (0, 0)]] * 4
 
 
 def compiled_case() -> None:

@@ -8,9 +8,7 @@ values, never half-done transfers. Pure data movement goes as bytes, so that any
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -19,48 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cphandler.comm.traffic import record_sent
 from cphandler.errors import InvalidValueError, RankMismatchError
 from cphandler.precision import accumulator_dtype
-
-
-@dataclass
-class Traffic:
-    """What this rank sent to other ranks while :func:`record_traffic` was active.
-
-    Attributes:
-        sent_bytes: payload in bytes, not counting what stays on the rank.
-        messages: sends to one peer each; a collective counts one per peer.
-        by_operation: bytes per kind of operation.
-    """
-
-    sent_bytes: int = 0
-    messages: int = 0
-    by_operation: dict[str, int] = field(default_factory=dict)
-
-    def add(self, operation: str, sent_bytes: int, messages: int) -> None:
-        """Count one operation."""
-        self.sent_bytes += sent_bytes
-        self.messages += messages
-        self.by_operation[operation] = self.by_operation.get(operation, 0) + sent_bytes
-
-
-_recorders: list[Traffic] = []
-
-
-@contextmanager
-def record_traffic() -> Iterator[Traffic]:
-    """Count what this process sends inside the ``with`` block, forward and backward alike."""
-    traffic = Traffic()
-    _recorders.append(traffic)
-    try:
-        yield traffic
-    finally:
-        _recorders.remove(traffic)
-
-
-def _record(operation: str, sent_bytes: int, messages: int) -> None:
-    for traffic in _recorders:
-        traffic.add(operation, sent_bytes, messages)
 
 
 class Members(NamedTuple):
@@ -178,27 +137,48 @@ class Transfer:
 def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group_name: str) -> Transfer:
     """Start sends and receives to and from group ranks in one batch.
 
-    Both sides of a pair must name their messages in the same order. Tensors must be contiguous; a tensor being sent
-    must not be written, and a received one not be read, before :meth:`Transfer.wait`. Empty tensors are not sent.
+    Both sides of a pair must name their messages in the same order. A tensor being sent must not be written, and a
+    received one not be read, before :meth:`Transfer.wait`. Empty tensors are not sent.
+
+    Args:
+        sends: tensors of any dtype and strides, and the rank each goes to.
+        receives: contiguous tensors, and the rank whose bytes each is filled with.
+        group_name: the group.
+
+    Raises:
+        InvalidValueError: a tensor to receive into that is not contiguous.
     """
-    sends = [(tensor, peer) for tensor, peer in sends if tensor.numel()]
-    receives = [(tensor, peer) for tensor, peer in receives if tensor.numel()]
+    plain = [(tensor.resolve_conj().resolve_neg().contiguous(), peer) for tensor, peer in sends if tensor.numel()]
+    outgoing = [(_bytes(tensor), peer) for tensor, peer in plain]
+    incoming = [(_bytes(tensor), peer) for tensor, peer in receives if tensor.numel()]
     group, _, _, ranks = members(group_name)
-    operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=ranks[peer]) for tensor, peer in sends]
-    operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=ranks[peer]) for tensor, peer in receives]
-    _record("send", sum(tensor.nbytes for tensor, _ in sends), len(sends))
+    operations = [dist.P2POp(dist.isend, part, group=group, group_peer=ranks[peer]) for part, peer in outgoing]
+    operations += [dist.P2POp(dist.irecv, part, group=group, group_peer=ranks[peer]) for part, peer in incoming]
+    record_sent("send", sum(part.nbytes for part, _ in outgoing), len(outgoing))
     works = dist.batch_isend_irecv(operations) if operations else []
-    return Transfer(works, [tensor for tensor, _ in [*sends, *receives]])
+    return Transfer(works, [part for part, _ in [*outgoing, *incoming]])
 
 
-def _width(x: Tensor) -> int:
-    """Elements of one row of ``x``."""
-    return math.prod(x.shape[1:])
+def _bytes(x: Tensor) -> Tensor:
+    """``[bytes]`` of a contiguous tensor, in its own memory: the one way in which anything here is sent or received.
+
+    A dim of size 1 may have any stride in a tensor that torch calls contiguous; ``view`` and ``contiguous`` keep it.
+
+    Raises:
+        InvalidValueError: not contiguous, so that its bytes are not one run of memory.
+    """
+    if not x.is_contiguous():
+        raise InvalidValueError(
+            "only contiguous memory can be sent or received",
+            got=f"shape {list(x.shape)} with strides {list(x.stride())}",
+            fix="pass x.contiguous()",
+        )
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
-def _bytes_of(x: Tensor) -> Tensor:
-    """``[n, bytes]`` view of contiguous ``[n, ...]`` rows of any dtype."""
-    return x.view(-1).view(torch.uint8).view(len(x), _width(x) * x.element_size())
+def _bytes_of_rows(x: Tensor) -> Tensor:
+    """``[n, bytes]`` of contiguous ``[n, ...]`` rows, in their own memory."""
+    return _bytes(x).view(len(x), math.prod(x.shape[1:]) * x.element_size())
 
 
 @torch.library.custom_op("cphandler::all_to_all", mutates_args=())
@@ -215,14 +195,15 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
         ``[sum(recv_counts), ...]``. The backward pass is the same exchange the other way.
     """
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
-    if _width(x) == 0:
+    if 0 in x.shape[1:]:
         return received
     group, size, rank, peers = members(group_name)
-    _record("all_to_all", (len(x) - send_counts[rank]) * _width(x) * x.element_size(), size - 1)
+    sent = _bytes_of_rows(x.contiguous())
+    record_sent("all_to_all", sent.nbytes - send_counts[rank] * sent.shape[1], size - 1)
     receives, sends = ([0] * dist.get_world_size(group) for _ in range(2))
     for i, peer in enumerate(peers):
         receives[peer], sends[peer] = recv_counts[i], send_counts[i]
-    dist.all_to_all_single(_bytes_of(received), _bytes_of(x.contiguous()), receives, sends, group=group)
+    dist.all_to_all_single(_bytes_of_rows(received), sent, receives, sends, group=group)
     return received
 
 
@@ -234,15 +215,11 @@ def exchange_rows(x: Tensor, send_counts: list[int], recv_counts: list[int], gro
     (``send_counts[rank]``) are copied.
     """
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
-    if _width(x) == 0:
-        return received
     rank = members(group_name).rank
-    sent_parts = x.contiguous().split(send_counts)
-    received_parts = received.split(recv_counts)
+    sent_parts, received_parts = x.contiguous().split(send_counts), received.split(recv_counts)
     received_parts[rank].copy_(sent_parts[rank])
     peers = [peer for peer in range(len(send_counts)) if peer != rank]
-    sends = [(_bytes_of(sent_parts[peer]), peer) for peer in peers]
-    post(sends, [(_bytes_of(received_parts[peer]), peer) for peer in peers], group_name).wait()
+    post([(sent_parts[i], i) for i in peers], [(received_parts[i], i) for i in peers], group_name).wait()
     return received
 
 
@@ -261,11 +238,10 @@ def all_gather(x: Tensor, group_name: str) -> Tensor:
         parts = gathered.chunk(size)
         parts[rank].copy_(x)
         peers = [peer for peer in range(size) if peer != rank]
-        receives = [(_bytes_of(parts[peer]), peer) for peer in peers]
-        post([(_bytes_of(x), peer) for peer in peers], receives, group_name).wait()
+        post([(x, peer) for peer in peers], [(parts[peer], peer) for peer in peers], group_name).wait()
     else:
-        _record("all_gather", x.nbytes * (size - 1), size - 1)
-        _all_gather_into(_bytes_of(gathered), _bytes_of(x), group=group)
+        record_sent("all_gather", x.nbytes * (size - 1), size - 1)
+        _all_gather_into(_bytes(gathered), _bytes(x), group=group)
     return gathered
 
 
@@ -280,7 +256,7 @@ def reduce_scatter(x: Tensor, group_name: str) -> Tensor:
     parts = all_to_all(x, [rows] * size, [rows] * size, group_name).chunk(size) if rows else (x,)
     total = parts[0].to(accumulator_dtype(x.dtype), copy=True)
     for part in parts[1:]:
-        total += part
+        total += part.to(total.dtype) if part.itemsize == 1 else part  # torch adds no float8
     return total.to(x.dtype)
 
 
@@ -294,24 +270,23 @@ def ring_shift(x: Tensor, shift: int, group_name: str) -> Tensor:
     if shift % size == 0:
         return x.clone(memory_format=torch.contiguous_format)
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sent = x.contiguous()
-    post(
-        [(sent.view(-1).view(torch.uint8), (rank + shift) % size)],
-        [(received.view(-1).view(torch.uint8), (rank - shift) % size)],
-        group_name,
-    ).wait()
+    post([(x, (rank + shift) % size)], [(received, (rank - shift) % size)], group_name).wait()
     return received
 
 
 @torch.library.custom_op("cphandler::maximum", mutates_args=())
 def maximum(x: Tensor, group_name: str) -> Tensor:
-    """The largest of the ranks' values, element by element; no gradient. Every rank has the same shape."""
-    result = x.clone(memory_format=torch.contiguous_format)
-    group = process_group(group_name)
-    size = dist.get_world_size(group)
-    _record("maximum", 2 * x.nbytes * (size - 1) // size, size - 1)
-    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
-    return result
+    """The largest of the ranks' values, element by element; no gradient.
+
+    Args:
+        x: the same shape on every rank, of a dtype that torch can order; meant for few numbers, since all travel.
+        group_name: the process group's name.
+
+    Returns:
+        The shape of ``x``; NaN wherever a rank has NaN, so that all ranks hold the same.
+    """
+    everyone: Tensor = all_gather(x.unsqueeze(0), group_name)
+    return everyone.amax(0)
 
 
 def agree(payload: bytes, group_name: str, timeout: float | None) -> list[bytes]:
@@ -338,7 +313,7 @@ def agree(payload: bytes, group_name: str, timeout: float | None) -> list[bytes]
         waits = {peer: dist.irecv(everyone[peer], group=group, group_src=peer) for peer in peers}
     else:
         waits = {-1: dist.all_gather([*everyone], mine, group=group, async_op=True)}
-    _record("check", mine.nbytes * len(peers), len(peers))
+    record_sent("check", mine.nbytes * len(peers), len(peers))
     missing = [peer for peer, work in waits.items() if not _wait(work, limit)]
     if missing:
         who = "some rank" if missing == [-1] else f"rank {', '.join(map(str, missing))}"
