@@ -101,7 +101,7 @@ def plain_masks(lengths: list[int]) -> st.SearchStrategy[Mask]:
         st.builds(PrefixLM, many),
         st.builds(PrefixLM, st.tuples(*[many for _ in lengths])),
         st.builds(BlockCausal, few),
-        st.builds(Chunked, few),
+        st.builds(Chunked, few, st.sampled_from(["start", "first_valid"])),
         st.builds(PrefixWindow, st.integers(0, 9), st.integers(0, 9)),
         st.builds(SharedQuestion, segments_in(shortest)),
         st.builds(SharedQuestion, st.tuples(*map(segments_in, lengths))),
@@ -208,6 +208,20 @@ def test_aligned_diagonals() -> None:
     assert seen_by(window, queries, keys).tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0] * 5]
 
 
+def test_chunks_from_the_first_real_token() -> None:
+    """Each row of a padded batch has its own."""
+    rows = documents_of([[False, True, True, True, True], [True] * 5, [False] * 5, [False, False, True, False, True]])
+    seen = visible_bands(Chunked(2, "first_valid"), (Documents.dense(5),) * 2, (rows, rows))
+    assert np.argwhere(times_seen(seen, 20, 20)).tolist() == [
+        *([1, 1], [2, 1], [2, 2], [3, 3], [4, 3], [4, 4]),
+        *([5, 5], [6, 5], [6, 6], [7, 7], [8, 7], [8, 8], [9, 9]),
+        *([17, 17], [19, 19]),
+    ]
+    whole = seen_by(AcrossDocuments(Chunked(3, "first_valid")), rows, rows)
+    assert np.flatnonzero(whole[3]).tolist() == [1, 2, 3], "the stream's first real token"
+    assert np.flatnonzero(whole[6]).tolist() == [4, 5, 6]
+
+
 def test_each_document_is_alone_with_its_mask() -> None:
     documents = Documents.from_cu_seqlens([0, 2, 4, 8])
     masks = (PrefixLM((2,)), Bands([(0, 2, 0, 1, -9, 9)]), AcrossDocuments(SharedQuestion((1, 1, 2))))
@@ -271,6 +285,11 @@ NONE: dict[str, tuple[Callable[[], Mask], type[Exception], str]] = {
     "prefixes in a list": (lambda: PrefixLM([1]), InvalidTypeError, r"prefix must be an int; got \[1\]"),  # type: ignore[arg-type]
     "block": (lambda: BlockCausal(0), InvalidValueError, "BlockCausal block must be at least 1; got 0"),
     "block type": (lambda: BlockCausal("2"), InvalidTypeError, "BlockCausal block must be an int; got '2'"),  # type: ignore[arg-type]
+    "origin": (
+        lambda: Chunked(2, "end"),  # type: ignore[arg-type]
+        InvalidValueError,
+        "unknown origin; got 'end'; choose start or first_valid",
+    ),
     "chunk": (lambda: Chunked(0), InvalidValueError, "Chunked chunk must be at least 1; got 0"),
     "sink prefix": (lambda: PrefixWindow(-1, 1), InvalidValueError, "PrefixWindow prefix must be at least 0; got -1"),
     "sink window": (lambda: PrefixWindow(1, -1), InvalidValueError, "PrefixWindow left must be at least 0; got -1"),
@@ -342,6 +361,7 @@ def test_every_argument_of_every_mask_refuses_what_it_is_not(value: Any) -> None
     }
     if value is not None:  # there it is the default
         places |= {"Causal align": Causal, "SlidingWindow align": lambda x: SlidingWindow(1, 1, x)}
+    places["Chunked origin"] = lambda x: Chunked(1, x)
     for place, make in places.items():
         if place == "Bands a number" and isinstance(value, np.int64):
             continue  # what numpy counts by is a number among numbers

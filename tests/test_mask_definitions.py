@@ -68,8 +68,9 @@ def sees_in_document(mask: Mask, number: int, queries: Tokens, keys: Tokens, q: 
             return k <= q or (q < first and k < first)
         case BlockCausal(block):
             return k // block <= q // block
-        case Chunked(chunk):
-            return k <= q and k // chunk == q // chunk
+        case Chunked(chunk, origin):
+            first = queries.index(True) if origin == "first_valid" else 0
+            return k <= q and (k - first) // chunk == (q - first) // chunk
         case PrefixWindow(prefix, left):
             return k <= q and (k < prefix or q - k <= left)
         case SharedQuestion(segments):

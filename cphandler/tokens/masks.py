@@ -47,6 +47,9 @@ Align: TypeAlias = Literal["top_left", "bottom_right"]
 """Where the diagonal lies when a document has more keys than queries, or fewer: through its first query and its first
 key, or through its last real ones. Kernels disagree, so that it has to be said."""
 
+Origin: TypeAlias = Literal["start", "first_valid"]
+"""Where a document is counted from: its first token, padding included, or its first real one."""
+
 
 class Mask(ABC):
     """A value that says which keys a query may see; hashable, the same on every rank."""
@@ -374,21 +377,28 @@ class Chunked(_Alike):
     """Documents are cut into chunks; a token sees itself and the tokens before it in its chunk (Llama 4).
 
     Attributes:
-        chunk: tokens of a chunk, counted from each document's start.
+        chunk: tokens of a chunk.
+        origin: where the first chunk begins. ``"start"``: at the document's first token. ``"first_valid"``: at its
+            first real token, which differs under left padding, row by row of a batch; Hugging Face counts so.
 
     Raises:
         InvalidTypeError: not an int.
-        InvalidValueError: below 1.
+        InvalidValueError: below 1, or an unknown ``origin``.
     """
 
     chunk: int
+    origin: Origin = "start"
 
     def __post_init__(self) -> None:
         _check_count("Chunked chunk", self.chunk, 1)
+        _check_choice("origin", self.origin, ("start", "first_valid"))
 
     def bands(self, queries: Documents, keys: Documents) -> Table:
         """One causal band per chunk."""
-        _, chunks = _cut(_own_documents(self, queries, keys)[0], self.chunk)
+        documents, which = _own_documents(self, queries, keys)
+        if self.origin == "first_valid":  # what is before sees nothing and is not seen
+            documents = np.stack([queries.valid_starts[which], documents[:, 1]], axis=1)
+        _, chunks = _cut(documents, self.chunk)
         return _bounded(np.concatenate([chunks, chunks], axis=1), -UNBOUNDED, 0)
 
     @property
