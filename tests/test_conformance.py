@@ -292,11 +292,15 @@ def typed_names(package: ModuleType) -> dict[str, str]:
     assert package.__file__ is not None
     tree = ast.parse(Path(package.__file__).read_text())
     (block,) = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
-    names = {}
+    names: dict[str, str] = {}
     for node in block.body:
+        if isinstance(node, ast.Assign):  # a public name that is another one where it lives
+            ((public, home),) = [(target.id, node.value.id) for target in node.targets]  # type: ignore[attr-defined]
+            names[public] = f"{names.pop(home)}:{home}"
+            continue
         assert isinstance(node, ast.ImportFrom)
         module = (node.module or "").removeprefix(f"{package.__name__}.")
-        names |= {a.asname or a.name: f"{module}:{a.name}" if a.asname else module for a in node.names}
+        names |= {a.name: module for a in node.names}
     return names
 
 

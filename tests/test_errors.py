@@ -72,7 +72,11 @@ CONSTRUCTION: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "takes no cu_seqlens_q; use qkv_format='thd'",
     ),
     "dense without a length": (lambda: dense(max_seqlen_q=None), ValueError, "needs max_seqlen_q; pass the global"),
-    "dense of a strange length": (lambda: dense(max_seqlen_q=-3), ValueError, "must be a sequence length"),
+    "dense of a strange length": (
+        lambda: dense(max_seqlen_q=-3),
+        ValueError,
+        "must be at least 0; got -3; pass the global",
+    ),
     "padding mask of a shard": (
         lambda: dense(key_padding_mask=torch.ones(2, 6, dtype=torch.bool)),
         ValueError,

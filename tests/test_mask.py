@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import accumulate, pairwise
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from cphandler import (
     BlockCausal,
     Causal,
     Chunked,
+    CPError,
     Documents,
     Full,
     InvalidTypeError,
@@ -36,7 +41,7 @@ from cphandler import (
 )
 from cphandler.testing import visible_pairs
 from cphandler.tokens.bands import restrict
-from cphandler.tokens.masks import make_mask
+from cphandler.tokens.masks import make_mask, visible_bands
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -96,7 +101,7 @@ def plain_masks(lengths: list[int]) -> st.SearchStrategy[Mask]:
         st.builds(PrefixLM, many),
         st.builds(PrefixLM, st.tuples(*[many for _ in lengths])),
         st.builds(BlockCausal, few),
-        st.builds(Chunked, few),
+        st.builds(Chunked, few, st.sampled_from(["start", "first_valid"])),
         st.builds(PrefixWindow, st.integers(0, 9), st.integers(0, 9)),
         st.builds(SharedQuestion, segments_in(shortest)),
         st.builds(SharedQuestion, st.tuples(*map(segments_in, lengths))),
@@ -153,7 +158,7 @@ def picture_of(mask: Mask, size: int) -> list[str]:
     return [" ".join(".x"[seen] for seen in row) for row in seen_by(mask, documents, documents)]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data(), some_documents)
 def test_bands_are_the_definition(data: st.DataObject, documents: Documents) -> None:
     mask = data.draw(masks_for(documents))
@@ -163,7 +168,7 @@ def test_bands_are_the_definition(data: st.DataObject, documents: Documents) -> 
     assert {mask: 1}[mask] == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), two_streams)
 def test_bands_across_two_streams_are_the_definition(data: st.DataObject, streams: tuple[Documents, Documents]) -> None:
     queries, keys = streams
@@ -201,6 +206,20 @@ def test_aligned_diagonals() -> None:
     assert seen_by(Causal("bottom_right"), queries, keys).tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [0] * 5]
     window = SlidingWindow(0, 1, align="bottom_right")
     assert seen_by(window, queries, keys).tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 0], [0] * 5]
+
+
+def test_chunks_from_the_first_real_token() -> None:
+    """Each row of a padded batch has its own."""
+    rows = documents_of([[False, True, True, True, True], [True] * 5, [False] * 5, [False, False, True, False, True]])
+    seen = visible_bands(Chunked(2, "first_valid"), (Documents.dense(5),) * 2, (rows, rows))
+    assert np.argwhere(times_seen(seen, 20, 20)).tolist() == [
+        *([1, 1], [2, 1], [2, 2], [3, 3], [4, 3], [4, 4]),
+        *([5, 5], [6, 5], [6, 6], [7, 7], [8, 7], [8, 8], [9, 9]),
+        *([17, 17], [19, 19]),
+    ]
+    whole = seen_by(AcrossDocuments(Chunked(3, "first_valid")), rows, rows)
+    assert np.flatnonzero(whole[3]).tolist() == [1, 2, 3], "the stream's first real token"
+    assert np.flatnonzero(whole[6]).tolist() == [4, 5, 6]
 
 
 def test_each_document_is_alone_with_its_mask() -> None:
@@ -266,6 +285,11 @@ NONE: dict[str, tuple[Callable[[], Mask], type[Exception], str]] = {
     "prefixes in a list": (lambda: PrefixLM([1]), InvalidTypeError, r"prefix must be an int; got \[1\]"),  # type: ignore[arg-type]
     "block": (lambda: BlockCausal(0), InvalidValueError, "BlockCausal block must be at least 1; got 0"),
     "block type": (lambda: BlockCausal("2"), InvalidTypeError, "BlockCausal block must be an int; got '2'"),  # type: ignore[arg-type]
+    "origin": (
+        lambda: Chunked(2, "end"),  # type: ignore[arg-type]
+        InvalidValueError,
+        "unknown origin; got 'end'; choose start or first_valid",
+    ),
     "chunk": (lambda: Chunked(0), InvalidValueError, "Chunked chunk must be at least 1; got 0"),
     "sink prefix": (lambda: PrefixWindow(-1, 1), InvalidValueError, "PrefixWindow prefix must be at least 0; got -1"),
     "sink window": (lambda: PrefixWindow(1, -1), InvalidValueError, "PrefixWindow left must be at least 0; got -1"),
@@ -297,6 +321,8 @@ NONE: dict[str, tuple[Callable[[], Mask], type[Exception], str]] = {
         "what AcrossDocuments holds must be a Mask; got 'causal'",
     ),
     "five numbers": (lambda: Bands([(0, 4, 0, 4, 0)]), InvalidValueError, r"band 0 must be .*; got 5 numbers"),
+    "a number for a band": (lambda: Bands([5]), InvalidTypeError, r"band 0 must be \(q0, q1, k0, k1, lo, hi\); got 5"),  # type: ignore[list-item]
+    "a number for bands": (lambda: Bands(5), InvalidTypeError, r"Bands takes rows; got 5; pass \["),  # type: ignore[arg-type]
     "bounds backwards": (lambda: Bands([(0, 4, 0, 4, 2, 1)]), InvalidValueError, "band 0 is empty or runs backwards"),
     "queries backwards": (lambda: Bands([(4, 0, 0, 4, 0, 1)]), InvalidValueError, "runs backwards"),
     "keys below 0": (lambda: Bands([(0, 4, -1, 4, 0, 1)]), InvalidValueError, "0 <= k0 <= k1"),
@@ -309,6 +335,124 @@ NONE: dict[str, tuple[Callable[[], Mask], type[Exception], str]] = {
         r"bands must be disjoint; got band \(0, 4, 0, 4, -1, 0\) overlaps another; cut one",
     ),
 }
+
+
+WRONG: list[Any] = [None, "x", 1.5, math.nan, math.inf, True, [1], {1}, {}, object(), np.int64(3), np.arange(2)]
+WRONG += [torch.tensor(2), torch.arange(3), Causal, -1, (1.5,), (None,), ("x",), (True,), (-1,), ((1,), None), b"x"]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=short_repr)
+def test_every_argument_of_every_mask_refuses_what_it_is_not(value: Any) -> None:
+    """By an error of this library's that says what to pass; nothing else comes through."""
+    places: dict[str, Callable[[Any], Mask]] = {
+        "SlidingWindow left": SlidingWindow,
+        "SlidingWindow right": lambda x: SlidingWindow(1, x),
+        "PrefixLM prefix": PrefixLM,
+        "BlockCausal block": BlockCausal,
+        "Chunked chunk": Chunked,
+        "PrefixWindow prefix": lambda x: PrefixWindow(x, 1),
+        "PrefixWindow left": lambda x: PrefixWindow(1, x),
+        "SharedQuestion segments": SharedQuestion,
+        "PerDocument masks": PerDocument,
+        "PerDocument a mask": lambda x: PerDocument((Causal(), x)),
+        "AcrossDocuments mask": AcrossDocuments,
+        "Bands rows": lambda x: Bands([x]),
+        "Bands a number": lambda x: Bands([(0, 4, x, 4, 0, 1)]),
+    }
+    if value is not None:  # there it is the default
+        places |= {"Causal align": Causal, "SlidingWindow align": lambda x: SlidingWindow(1, 1, x)}
+    places["Chunked origin"] = lambda x: Chunked(1, x)
+    for place, make in places.items():
+        if place == "Bands a number" and isinstance(value, np.int64):
+            continue  # what numpy counts by is a number among numbers
+        with pytest.raises(CPError, match=re.compile(r"; .*(pass|choose|0 <=|end it)", re.DOTALL)):
+            raise AssertionError(f"{place} takes {make(value)}")
+    if not isinstance(value, (dict, set)):
+        with pytest.raises(CPError, match="pass"):
+            raise AssertionError(Bands(value))
+
+
+def test_numbers_of_bands_that_arrays_hold() -> None:
+    plain = Bands([(0, 4, 0, 3, -2, 1)])
+    for rows in (
+        np.array(plain.rows),
+        torch.tensor(plain.rows),
+        [np.array(plain.rows[0])],
+        [tuple(map(np.int64, plain.rows[0]))],
+    ):
+        assert Bands(rows) == plain
+    assert Bands(np.zeros((0, 6))) == Bands([])
+    assert Bands([(0, 4, 0, 3, -(10**30), 1e300)]).bands(*[Documents.dense(4)] * 2).tolist() == [
+        [0, 4, 0, 3, -(1 << 62), 1 << 62]
+    ]
+    with pytest.raises(InvalidValueError, match="band 1 reaches past any batch"):
+        Bands([(0, 1, 0, 1, 0, 0), (0, 1 << 70, 5, 6, 0, 0)])
+
+
+def test_hashes_are_made_once_and_stay_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's hash of a string is another in every process."""
+    masks: list[Mask] = [
+        PerDocument((Causal("top_left"),) * 4000),
+        SharedQuestion(((1, 2), (3,))),
+        PrefixLM((1, 2)),
+        Bands([(0, 4, 0, 4, -1, 0)]),
+    ]
+    for mask in masks:
+        first = hash(mask)
+        travelled, copied = pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)
+        assert set(vars(travelled)) == set(vars(copied)) == {field.name for field in fields(mask)}  # type: ignore[arg-type]
+        assert {mask: 1}[travelled] == {copied: 1}[mask] == 1
+        with monkeypatch.context() as patch:
+            for kind in (Causal, SharedQuestion, PrefixLM):
+                patch.setattr(kind, "__hash__", None)
+            assert type(mask)._hash.__get__(mask) == first, "asked again, nothing is hashed"  # type: ignore[attr-defined]
+
+
+def test_documents_of_one_mask_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for kind in (Causal, SlidingWindow, SharedQuestion):
+        monkeypatch.setattr(kind, "bands", counted(calls, kind.bands))
+    lengths = np.arange(10_000) % 7 + 2
+    documents = Documents.from_cu_seqlens(np.concatenate([[0], lengths.cumsum()]))
+    masks = (Causal(), SlidingWindow(1, 1), SharedQuestion((1, 1)))
+    bands = PerDocument(tuple(masks[i % 3] for i in range(10_000))).bands(documents, documents)
+    assert len(calls) == 3
+    assert (np.diff(documents.document_of(bands[:, 0])) >= 0).all(), "in the order of documents"
+    assert (documents.document_of(bands[:, 0]) == documents.document_of(bands[:, 3] - 1)).all()
+    assert set(documents.document_of(bands[:, 0]).tolist()) == set(range(10_000))
+
+
+def counted(calls: list[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        calls.append(function)
+        return function(*arguments)
+
+    return call
+
+
+class Diagonal(Mask):
+    """A caller's own, which says what it means by the documents it is shown."""
+
+    def bands(self, queries: Documents, keys: Documents) -> Counts:
+        return np.array([[0, queries.num_tokens, 0, keys.num_tokens, 0, keys.num_documents - 1]])
+
+
+def test_masks_of_ones_own_are_asked_about_one_document_at_a_time() -> None:
+    documents = documents_of([[True] * 3, [], [False, True], [True] * 4])
+    mask = PerDocument((Diagonal(), Causal(), Diagonal(), Diagonal()))
+    expected = np.eye(9, dtype=np.int64)
+    expected[3, 3] = 0
+    assert (seen_by(mask, documents, documents) == expected).all()
+    assert visible_bands(Diagonal(), (documents, documents), (documents, documents)).shape == (3, 6)
+
+
+def test_a_mask_that_does_not_fit_names_the_documents_of_the_batch() -> None:
+    documents = Documents.from_cu_seqlens([0, 6, 8, 12, 13])
+    masks = (SharedQuestion((2, 3)), Causal(), SharedQuestion((2, 3)), SharedQuestion((2, 3)))
+    with pytest.raises(InvalidValueError, match=r"longer than document 1; .* of documents 0, 2, 3 of a PerDocument"):
+        PerDocument(masks).bands(documents, documents)
+    with pytest.raises(InvalidValueError, match=r"got 2 for 4 documents; .*PerDocument\(\(m,\) \* n\) repeats one"):
+        PerDocument(masks[:2]).bands(documents, documents)
 
 
 @pytest.mark.parametrize("name", NONE)

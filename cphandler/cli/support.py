@@ -8,35 +8,7 @@ from typing import NamedTuple
 from cphandler.attention.capabilities import FEATURES, FORMATS, Capabilities
 from cphandler.handler.factory import available_cp_handlers, get_cp_handler_cls
 from cphandler.layouts.layout import LAYOUTS
-from cphandler.tokens.masks import (
-    AcrossDocuments,
-    Bands,
-    BlockCausal,
-    Causal,
-    Chunked,
-    Full,
-    Mask,
-    PerDocument,
-    PrefixLM,
-    PrefixWindow,
-    SharedQuestion,
-    SlidingWindow,
-)
-
-MASKS: tuple[type[Mask], ...] = (
-    Causal,
-    Full,
-    SlidingWindow,
-    PrefixLM,
-    BlockCausal,
-    Chunked,
-    PrefixWindow,
-    SharedQuestion,
-    PerDocument,
-    AcrossDocuments,
-    Bands,
-)
-"""The library's masks; every handler over a layout takes each of them, since all are bands."""
+from cphandler.tokens.masks import MASKS
 
 
 class Row(NamedTuple):
@@ -70,7 +42,7 @@ def support() -> Iterator[Row]:
         yield Row("layout", layout, tuple(layout in table.layouts for table in tables))
     for form in FORMATS:
         yield Row("format", form, tuple(form in table.formats for table in tables))
-    for mask in MASKS:
+    for mask in MASKS:  # all are bands, and every handler over a layout takes all bands
         yield Row("mask", mask.__name__, (True,) * len(tables))
     for feature in FEATURES:
         yield Row("option", feature, tuple(feature in table.features for table in tables))

@@ -93,6 +93,9 @@ def _in_document(mask: Mask, real_queries: Tensor, real_keys: Tensor) -> Tensor:
     query, key = torch.arange(len(real_queries))[:, None], torch.arange(len(real_keys))[None]
     if isinstance(mask, (Causal, SlidingWindow)):
         query = query + _diagonal(mask, real_queries, real_keys)
+    if isinstance(mask, Chunked) and mask.origin == "first_valid" and real_queries.any():
+        first = int(real_queries.nonzero().min())
+        query, key = query - first, key - first
     return _DEFINITIONS.get(type(mask), _unknown)(mask, query, key).expand(len(real_queries), len(real_keys))
 
 

@@ -16,6 +16,9 @@ Flags: TypeAlias = npt.NDArray[np.bool_]
 UNBOUNDED = 1 << 62
 """Sentinel for infinity in band bounds: adding any token index to it cannot overflow int64."""
 
+MOST_TOKENS = 1 << 60
+"""More tokens than a batch can have: offsets up to here, and sums of a few of them, stay below :data:`UNBOUNDED`."""
+
 
 def table(rows: object, columns: int) -> Table:
     """Make an int64 table ``[n, columns]`` from nested sequences or an array; empty input gives ``n = 0``."""
@@ -23,7 +26,7 @@ def table(rows: object, columns: int) -> Table:
 
 
 def frozen(array: Table) -> Table:
-    """Make an array read-only, so that values that hold it stay immutable."""
+    """Make an array read-only in place, so that values that hold it stay immutable; not for an array of a caller's."""
     array = np.ascontiguousarray(array, dtype=np.int64)
     array.setflags(write=False)
     return array

@@ -28,20 +28,27 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Literal, TypeAlias, cast
+from numbers import Integral, Real
+from reprlib import repr as short_repr
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, restrict, shifted, tightened
 from cphandler.tokens.documents import Documents
-from cphandler.tokens.intervals import UNBOUNDED, Table, expand, table
+from cphandler.tokens.intervals import MOST_TOKENS, UNBOUNDED, Table, expand, table
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 """Where the diagonal lies when a document has more keys than queries, or fewer: through its first query and its first
 key, or through its last real ones. Kernels disagree, so that it has to be said."""
+
+Origin: TypeAlias = Literal["start", "first_valid"]
+"""Where a document is counted from: its first token, padding included, or its first real one."""
 
 
 class Mask(ABC):
@@ -60,10 +67,46 @@ class Mask(ABC):
             UnsupportedError: two different streams, for a mask that has no meaning there.
         """
 
+    def alone(self) -> Mask:
+        """The mask that says of each document of a stream what this one says of a stream of that document alone.
+
+        ``PrefixLM((3,))`` gives ``PrefixLM(3)``, a mask that treats all documents alike gives itself. A class of one's
+        own need not say: its masks are asked about one document after the other.
+
+        Raises:
+            InvalidValueError: a mask for several documents.
+        """
+        return _Alone(self)
+
     @property
     def is_causal(self) -> bool:
         """True where no query sees a later key of its own stream."""
         return False
+
+
+class _Alike(Mask):
+    """A mask that treats all documents alike, each by itself."""
+
+    def alone(self) -> Mask:
+        """Itself."""
+        return self
+
+
+class _Remembering(Mask):
+    """A mask of many numbers. What follows from them is kept, the hash above all, which every layer asks for.
+
+    None of it is pickled: the hashes of strings differ from process to process.
+    """
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(cast(Any, self))))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
 
 
 def _pairs(queries: Documents, keys: Documents) -> tuple[Table, Table]:
@@ -133,31 +176,51 @@ def _capped(count: int) -> int:
     return min(count, UNBOUNDED)
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def _check_count(name: str, value: object, least: int, fix: str | None = None) -> None:
+    """A plain int, since masks are compared and printed: what numpy and torch have for one is not taken."""
+    fix = f"pass a Python int, {least} or more" if fix is None else fix
     if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidTypeError(f"{name} must be an int", got=repr(value))
+        raise InvalidTypeError(f"{name} must be an int", got=short_repr(value), fix=fix)
     if value < least:
-        raise InvalidValueError(f"{name} must be at least {least}", got=value)
+        raise InvalidValueError(f"{name} must be at least {least}", got=value, fix=fix)
 
 
 def _check_tuple(name: str, value: object) -> None:
     """A list would do as well, but for its hash: masks are keys of dicts."""
     if not isinstance(value, tuple):
-        raise InvalidTypeError(f"{name} must be a tuple", got=repr(value))
+        raise InvalidTypeError(
+            f"{name} must be a tuple", got=short_repr(value), fix="pass a tuple, which can be hashed, of Python ints"
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not (isinstance(value, str) and value in choices):
+        raise InvalidValueError(f"unknown {name}", got=short_repr(value), fix=f"choose {' or '.join(choices)}")
 
 
 def _check_align(align: object) -> None:
-    if align not in (None, "top_left", "bottom_right"):
-        raise InvalidValueError("unknown align", got=repr(align), fix="choose top_left or bottom_right")
+    if align is not None:
+        _check_choice("align", align, ("top_left", "bottom_right"))
 
 
 def _check_mask(name: str, value: object) -> None:
     if not isinstance(value, Mask):
-        raise InvalidTypeError(f"{name} must be a Mask", got=repr(value), fix="pass Causal() rather than its name")
+        raise InvalidTypeError(
+            f"{name} must be a Mask", got=short_repr(value), fix="pass Causal() rather than its name or its class"
+        )
+
+
+_ONE_EACH = "give one per document; PerDocument((m,) * n) repeats one"
+
+
+def _check_number(what: str, given: int, documents: Documents) -> None:
+    """One of something for each document."""
+    if given != documents.num_documents:
+        raise InvalidValueError(what, got=f"{given} for {documents.num_documents} documents", fix=_ONE_EACH)
 
 
 @dataclass(frozen=True)
-class Causal(Mask):
+class Causal(_Alike):
     """Each token sees itself and the tokens before it in its document.
 
     Attributes:
@@ -185,7 +248,7 @@ class Causal(Mask):
 
 
 @dataclass(frozen=True)
-class Full(Mask):
+class Full(_Alike):
     """Each token sees its whole document."""
 
     def bands(self, queries: Documents, keys: Documents) -> Table:
@@ -194,7 +257,7 @@ class Full(Mask):
 
 
 @dataclass(frozen=True)
-class SlidingWindow(Mask):
+class SlidingWindow(_Alike):
     """Each token sees ``left`` tokens before and ``right`` tokens after itself, inside its document.
 
     Both bounds are inclusive and count physical positions, itself not counted: ``SlidingWindow(1)`` sees itself and
@@ -231,7 +294,7 @@ class SlidingWindow(Mask):
 
 
 @dataclass(frozen=True)
-class PrefixLM(Mask):
+class PrefixLM(_Remembering):
     """The first tokens of each document see each other both ways, the others are causal (arXiv 1910.10683, 3.2.2).
 
     Attributes:
@@ -244,9 +307,11 @@ class PrefixLM(Mask):
 
     prefix: int | tuple[int, ...]
 
+    __hash__ = _Remembering.__hash__
+
     def __post_init__(self) -> None:
         for value in self._prefixes:
-            _check_count("PrefixLM prefix", value, 0)
+            _check_count("PrefixLM prefix", value, 0, "pass a Python int, 0 or more, or a tuple of one per document")
 
     @property
     def _prefixes(self) -> tuple[int, ...]:
@@ -257,10 +322,7 @@ class PrefixLM(Mask):
         documents, which = _own_documents(self, queries, keys)
         prefix = np.array([_capped(value) for value in self._prefixes], dtype=np.int64)
         if isinstance(self.prefix, tuple):
-            if len(prefix) != queries.num_documents:
-                raise InvalidValueError(
-                    "PrefixLM needs one prefix per document", got=f"{len(prefix)} for {queries.num_documents} documents"
-                )
+            _check_number("PrefixLM needs one prefix per document", len(prefix), queries)
             prefix = prefix[which]
         starts, stops = documents[:, 0], documents[:, 1]
         cut = np.minimum(starts + prefix, stops)
@@ -269,6 +331,13 @@ class PrefixLM(Mask):
         bands = np.concatenate([inside, after])
         return bands[bands[:, Q0] < bands[:, Q1]]
 
+    def alone(self) -> Mask:
+        """The one prefix for all."""
+        if not isinstance(self.prefix, tuple):
+            return self
+        _check_number("PrefixLM needs one prefix per document", len(self.prefix), _ONE_DOCUMENT)
+        return PrefixLM(self.prefix[0])
+
     @property
     def is_causal(self) -> bool:
         """True where no prefix holds two tokens."""
@@ -276,7 +345,7 @@ class PrefixLM(Mask):
 
 
 @dataclass(frozen=True)
-class BlockCausal(Mask):
+class BlockCausal(_Alike):
     """Documents are cut into blocks; a token sees its whole block and all blocks before it (block diffusion).
 
     Attributes:
@@ -304,25 +373,32 @@ class BlockCausal(Mask):
 
 
 @dataclass(frozen=True)
-class Chunked(Mask):
+class Chunked(_Alike):
     """Documents are cut into chunks; a token sees itself and the tokens before it in its chunk (Llama 4).
 
     Attributes:
-        chunk: tokens of a chunk, counted from each document's start.
+        chunk: tokens of a chunk.
+        origin: where the first chunk begins. ``"start"``: at the document's first token. ``"first_valid"``: at its
+            first real token, which differs under left padding, row by row of a batch; Hugging Face counts so.
 
     Raises:
         InvalidTypeError: not an int.
-        InvalidValueError: below 1.
+        InvalidValueError: below 1, or an unknown ``origin``.
     """
 
     chunk: int
+    origin: Origin = "start"
 
     def __post_init__(self) -> None:
         _check_count("Chunked chunk", self.chunk, 1)
+        _check_choice("origin", self.origin, ("start", "first_valid"))
 
     def bands(self, queries: Documents, keys: Documents) -> Table:
         """One causal band per chunk."""
-        _, chunks = _cut(_own_documents(self, queries, keys)[0], self.chunk)
+        documents, which = _own_documents(self, queries, keys)
+        if self.origin == "first_valid":  # what is before sees nothing and is not seen
+            documents = np.stack([queries.valid_starts[which], documents[:, 1]], axis=1)
+        _, chunks = _cut(documents, self.chunk)
         return _bounded(np.concatenate([chunks, chunks], axis=1), -UNBOUNDED, 0)
 
     @property
@@ -332,7 +408,7 @@ class Chunked(Mask):
 
 
 @dataclass(frozen=True)
-class PrefixWindow(Mask):
+class PrefixWindow(_Alike):
     """Each token sees itself, ``left`` tokens before it, and the first tokens of its document (arXiv 2309.17453).
 
     Attributes:
@@ -367,7 +443,7 @@ class PrefixWindow(Mask):
 
 
 @dataclass(frozen=True)
-class SharedQuestion(Mask):
+class SharedQuestion(_Remembering):
     """A document is one question and several answers; each answer sees the question and itself, no other answer.
 
     Attributes:
@@ -380,6 +456,8 @@ class SharedQuestion(Mask):
     """
 
     segments: tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+    __hash__ = _Remembering.__hash__
 
     def __post_init__(self) -> None:
         _check_tuple("SharedQuestion segments", self.segments)
@@ -405,11 +483,8 @@ class SharedQuestion(Mask):
             UnsupportedError: two different streams.
         """
         documents, which = _own_documents(self, queries, keys)
-        if not self._is_shared and len(self._rows) != queries.num_documents:
-            raise InvalidValueError(
-                "SharedQuestion needs the segments of each document",
-                got=f"{len(self._rows)} for {queries.num_documents} documents",
-            )
+        if not self._is_shared:
+            _check_number("SharedQuestion needs the segments of each document", len(self._rows), queries)
         bands: list[tuple[int, ...]] = []
         for (start, stop), i in zip(documents.tolist(), which.tolist(), strict=True):
             lengths = self._rows[0 if self._is_shared else i]
@@ -417,9 +492,17 @@ class SharedQuestion(Mask):
                 raise InvalidValueError(
                     f"SharedQuestion segments are longer than document {i}",
                     got=f"{sum(lengths)} for {stop - start} tokens",
+                    fix="give each document its own: SharedQuestion(((question, answer, ...), ...))",
                 )
             bands += _question_and_answers(start, stop, lengths)
         return tightened(table(bands, 6))
+
+    def alone(self) -> Mask:
+        """The one document's segments for all."""
+        if self._is_shared:
+            return self
+        _check_number("SharedQuestion needs the segments of each document", len(self._rows), _ONE_DOCUMENT)
+        return SharedQuestion(self._rows[0])
 
     @property
     def is_causal(self) -> bool:
@@ -438,7 +521,7 @@ def _question_and_answers(start: int, stop: int, lengths: tuple[int, ...]) -> It
 
 
 @dataclass(frozen=True)
-class PerDocument(Mask):
+class PerDocument(_Remembering):
     """Another mask for each document: some bidirectional, some causal, say.
 
     Each mask is asked about its document alone, as if the batch held no other: what it takes per document it takes
@@ -453,37 +536,65 @@ class PerDocument(Mask):
 
     masks: tuple[Mask, ...]
 
+    __hash__ = _Remembering.__hash__
+
     def __post_init__(self) -> None:
-        _check_tuple("PerDocument masks", self.masks)
+        if not isinstance(self.masks, tuple):
+            raise InvalidTypeError(
+                "PerDocument masks must be a tuple", got=short_repr(self.masks), fix="pass PerDocument((m0, m1, ...))"
+            )
         for mask in self.masks:
             _check_mask("each of PerDocument", mask)
 
+    @cached_property
+    def _groups(self) -> list[tuple[Mask, Table]]:
+        """The distinct masks, and which documents have each."""
+        places: dict[Mask, list[int]] = {}
+        for i, mask in enumerate(self.masks):
+            places.setdefault(mask, []).append(i)
+        return [(mask, np.array(which, dtype=np.int64)) for mask, which in places.items()]
+
     def bands(self, queries: Documents, keys: Documents) -> Table:
-        """Each document's bands of its mask.
+        """Each document's bands of its mask, in the order of documents; a mask of several is asked once.
 
         Raises:
             InvalidValueError: masks for other documents than these, or one that does not fit its document.
             UnsupportedError: two different streams, for a mask that has no meaning there.
         """
         _pairs(queries, keys)
-        if len(self.masks) != queries.num_documents:
-            raise InvalidValueError(
-                "PerDocument needs one mask per document",
-                got=f"{len(self.masks)} for {queries.num_documents} documents",
-            )
-        parts = [table([], 6)]
-        alone = [list(_each_alone(documents)) for documents in ((queries,) if queries is keys else (queries, keys))]
-        for mask, query, key in zip(self.masks, alone[0], alone[-1], strict=True):
-            parts.append(mask.bands(query, key))
-        counts = [len(part) for part in parts[1:]]
-        return shifted(
-            np.concatenate(parts), np.repeat(queries.offsets[:-1], counts), np.repeat(keys.offsets[:-1], counts)
-        )
+        _check_number("PerDocument needs one mask per document", len(self.masks), queries)
+        parts, owners = [table([], 6)], [np.zeros(0, dtype=np.int64)]
+        for mask, which in self._groups:
+            own_queries = queries.chosen(which)
+            own_keys = own_queries if queries is keys else keys.chosen(which)
+            with _naming(which):
+                bands = mask.alone().bands(own_queries, own_keys)
+            bands = bands[(bands[:, Q0] < bands[:, Q1]) & (bands[:, K0] < bands[:, K1])]
+            owner = own_queries.document_of(bands[:, Q0])
+            moves = [all_.offsets[which] - own.offsets[:-1] for all_, own in ((queries, own_queries), (keys, own_keys))]
+            parts.append(shifted(bands, moves[0][owner], moves[1][owner]))
+            owners.append(which[owner])
+        return np.concatenate(parts)[np.argsort(np.concatenate(owners), kind="stable")]
+
+    def alone(self) -> Mask:
+        """The one document's mask."""
+        _check_number("PerDocument needs one mask per document", len(self.masks), _ONE_DOCUMENT)
+        return self.masks[0].alone()
 
     @property
     def is_causal(self) -> bool:
         """True where every document's mask is."""
-        return all(mask.is_causal for mask in self.masks)
+        return all(mask.is_causal for mask, _ in self._groups)
+
+
+@contextmanager
+def _naming(which: Table) -> Iterator[None]:
+    """A mask that does not fit its documents is told which they are of the whole batch."""
+    try:
+        yield
+    except InvalidValueError as error:
+        shown = ", ".join(map(str, which[:4].tolist())) + (", ..." if len(which) > 4 else "")
+        raise InvalidValueError(f"{error}; this is of documents {shown} of a PerDocument, counted from 0") from error
 
 
 @dataclass(frozen=True)
@@ -507,17 +618,42 @@ class AcrossDocuments(Mask):
         whole = _as_one(queries)
         return self.mask.bands(whole, whole if queries is keys else _as_one(keys))
 
+    def alone(self) -> Mask:
+        """The mask inside: one document is all there is."""
+        return self.mask.alone()
+
     @property
     def is_causal(self) -> bool:
         """As the mask inside."""
         return self.mask.is_causal
 
 
-def _each_alone(documents: Documents) -> Iterator[Documents]:
-    """Each document as a stream of its own."""
-    cuts = np.searchsorted(documents.runs[:, 0], documents.offsets)
-    for (start, stop), (first, last) in zip(pairwise(documents.offsets.tolist()), pairwise(cuts.tolist()), strict=True):
-        yield Documents(np.array([0, stop - start]), documents.runs[first:last] - start)
+@dataclass(frozen=True)
+class _Alone(Mask):
+    """A mask of a caller's own class, asked about each document alone.
+
+    Attributes:
+        mask: that mask.
+    """
+
+    mask: Mask
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """The mask's bands of one document after the other."""
+        parts, counts = [table([], 6)], []
+        for i in range(queries.num_documents):
+            query = queries.chosen(np.array([i]))
+            parts.append(self.mask.bands(query, query if queries is keys else keys.chosen(np.array([i]))))
+            counts.append(len(parts[-1]))
+        starts = (np.repeat(documents.offsets[:-1], counts) for documents in (queries, keys))
+        return shifted(np.concatenate(parts), *starts)
+
+    def alone(self) -> Mask:
+        """Itself."""
+        return self
+
+
+_ONE_DOCUMENT = Documents.dense(0)
 
 
 def _as_one(documents: Documents) -> Documents:
@@ -535,36 +671,29 @@ def _cut(documents: Table, size: int) -> tuple[Table, Table]:
 
 
 @dataclass(frozen=True, init=False)
-class Bands(Mask):
+class Bands(_Remembering):
     """A mask given as its bands ``(q0, q1, k0, k1, lo, hi)`` in packed coordinates.
 
     It may cross documents. ``lo`` may be ``-math.inf`` and ``hi`` ``math.inf``. The same bands serve every row of a
     dense batch.
 
     Raises:
-        InvalidValueError: rows that are not six numbers, intervals that run backwards or below 0, ``lo > hi``, or
+        InvalidTypeError: rows that are not sequences of numbers.
+        InvalidValueError: rows that are not six integers, intervals that run backwards or below 0, ``lo > hi``, or
             bands that overlap.
     """
 
     rows: tuple[tuple[int, int, int, int, int, int], ...]
 
+    __hash__ = _Remembering.__hash__
+
     def __init__(self, rows: Iterable[Sequence[float]]) -> None:
-        checked = []
-        for i, row in enumerate(rows):
-            if len(row) != 6:
-                raise InvalidValueError(f"band {i} must be (q0, q1, k0, k1, lo, hi)", got=f"{len(row)} numbers")
-            if any(math.isnan(value) or (not math.isinf(value) and int(value) != value) for value in row) or any(
-                math.isinf(value) for value in row[:4]
-            ):
-                raise InvalidValueError(f"band {i} must hold integers", got=tuple(row))
-            q0, q1, k0, k1 = (int(value) for value in row[:4])
-            lo, hi = (int(min(max(value, -UNBOUNDED), UNBOUNDED)) for value in row[4:])
-            if not (0 <= q0 <= q1 and 0 <= k0 <= k1 and lo <= hi):
-                raise InvalidValueError(
-                    f"band {i} is empty or runs backwards", got=tuple(row), fix="0 <= q0 <= q1, 0 <= k0 <= k1, lo <= hi"
-                )
-            checked.append((q0, q1, k0, k1, lo, hi))
-        object.__setattr__(self, "rows", tuple(checked))
+        if isinstance(rows, (str, bytes)) or not hasattr(rows, "__iter__"):
+            raise InvalidTypeError("Bands takes rows", got=short_repr(rows), fix=f"pass [{_BAND}, ...]")
+        given = rows.tolist() if hasattr(rows, "tolist") else rows  # numbers of arrays and tensors become Python's
+        if not isinstance(given, Iterable):
+            raise InvalidTypeError("Bands takes rows", got="one number", fix=f"pass [{_BAND}, ...]")
+        object.__setattr__(self, "rows", tuple(_checked_band(i, row) for i, row in enumerate(given)))
         self._refuse_overlap()
 
     def _refuse_overlap(self) -> None:
@@ -572,7 +701,7 @@ class Bands(Mask):
         bands = tightened(table(self.rows, 6))
         order = np.argsort(bands[:, Q0], kind="stable")
         bands = bands[order]
-        for i in range(len(bands)):
+        for i in range(len(bands) - 1):
             a = bands[i]
             rest = bands[i + 1 :]
             rest = rest[: np.searchsorted(rest[:, Q0], a[Q1], side="left")]
@@ -611,11 +740,71 @@ class Bands(Mask):
                 )
         return bands
 
+    def alone(self) -> Mask:
+        """The same bands in each document, counted from its start."""
+        return _BandsOfEach(self)
+
     @property
     def is_causal(self) -> bool:
         """True where no band reaches a later key."""
         bands = tightened(table(self.rows, 6))
         return bool((np.minimum(bands[:, HI], bands[:, K1] - 1 - bands[:, Q0]) <= 0).all())
+
+
+_BAND = "(q0, q1, k0, k1, lo, hi)"
+
+
+def _checked_band(number: int, row: object) -> tuple[int, int, int, int, int, int]:
+    """One row of :class:`Bands`, infinities as the sentinel."""
+    row = cast(Any, row).tolist() if hasattr(row, "tolist") else row
+    fix = f"pass {_BAND}, integers but for lo, which may be -math.inf, and hi, which may be math.inf"
+    if not isinstance(row, (tuple, list)) or not all(isinstance(x, Real) and not isinstance(x, bool) for x in row):
+        raise InvalidTypeError(f"band {number} must be {_BAND}", got=short_repr(row), fix=fix)
+    if len(row) != len(_BAND.split(",")):
+        raise InvalidValueError(f"band {number} must be {_BAND}", got=f"{len(row)} numbers", fix=fix)
+    numbers = [int(x) if isinstance(x, Integral) else float(x) for x in row]
+    if not all(math.isfinite(x) and int(x) == x for x in numbers[:4]) or not all(
+        math.isinf(x) or (not math.isnan(x) and int(x) == x) for x in numbers[4:]
+    ):
+        raise InvalidValueError(f"band {number} must hold integers", got=tuple(row), fix=fix)
+    q0, q1, k0, k1 = (int(x) for x in numbers[:4])
+    lo, hi = (int(min(max(x, -UNBOUNDED), UNBOUNDED)) for x in numbers[4:])
+    if not (0 <= q0 <= q1 and 0 <= k0 <= k1 and lo <= hi):
+        raise InvalidValueError(
+            f"band {number} is empty or runs backwards",
+            got=tuple(row),
+            fix="0 <= q0 <= q1, 0 <= k0 <= k1, lo <= hi",
+        )
+    if max(q1, k1) > MOST_TOKENS:
+        raise InvalidValueError(
+            f"band {number} reaches past any batch", got=tuple(row), fix="end it with the global sequence"
+        )
+    return q0, q1, k0, k1, lo, hi
+
+
+@dataclass(frozen=True)
+class _BandsOfEach(_Alike):
+    """The bands of each document, counted from its start.
+
+    Attributes:
+        mask: those bands.
+    """
+
+    mask: Bands
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """The rows again for every document.
+
+        Raises:
+            InvalidValueError: a band that reaches past the last token of the shortest document.
+        """
+        _pairs(queries, keys)
+        if not queries.num_documents:
+            return table([], 6)
+        shortest = (Documents.dense(int(documents.lengths.min())) for documents in (queries, keys))
+        rows = self.mask.bands(*shortest)
+        starts = (np.repeat(documents.offsets[:-1], len(rows)) for documents in (queries, keys))
+        return shifted(np.tile(rows, (queries.num_documents, 1)), *starts)
 
 
 def visible_bands(
@@ -630,9 +819,10 @@ def visible_bands(
         documents: of the query and of the key stream; the same object twice for self attention.
         rows: for a dense batch with a key-padding mask, the rows of both streams laid end to end, each a document.
     """
-    queries, keys = documents if rows is None else rows
-    bands = mask if rows is None else PerDocument((mask,) * keys.num_documents)
-    return restrict(bands.bands(queries, keys), queries.runs, keys.runs)
+    if rows is not None:
+        documents, mask = rows, mask.alone()
+    queries, keys = documents
+    return restrict(mask.bands(queries, keys), queries.runs, keys.runs)
 
 
 def make_mask(mask: str | Mask) -> Mask:
@@ -656,3 +846,19 @@ def make_mask(mask: str | Mask) -> Mask:
             fix=f"choose one of {', '.join(named)}, or pass a Mask such as SlidingWindow(128)",
         )
     return named[mask.lower()]
+
+
+MASKS: tuple[type[Mask], ...] = (
+    Causal,
+    Full,
+    SlidingWindow,
+    PrefixLM,
+    BlockCausal,
+    Chunked,
+    PrefixWindow,
+    SharedQuestion,
+    PerDocument,
+    AcrossDocuments,
+    Bands,
+)
+"""The library's masks."""

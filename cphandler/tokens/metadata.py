@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from cphandler.errors import InvalidValueError
-from cphandler.tokens.documents import Documents, Offsets, checked_offsets
+from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.tokens.counts import checked_count
+from cphandler.tokens.documents import Documents, Offsets, host_offsets
+from cphandler.tokens.intervals import Table
 
 
 class StreamMetadata(NamedTuple):
@@ -43,7 +45,7 @@ def packed_streams(
         cross: whether keys are a stream of their own; None tells by the offsets.
 
     Raises:
-        InvalidTypeError: offsets that are not integers.
+        InvalidTypeError: offsets or lengths that are not integers.
         InvalidValueError: offsets that are missing or contradict each other.
     """
     if offsets["cu_seqlens_q"] is None:
@@ -53,49 +55,47 @@ def packed_streams(
             "key_padding_mask belongs to the dense formats",
             fix="with thd, pass cu_seqlens_q (valid) and cu_seqlens_q_padded (physical)",
         )
-    queries = _packed(offsets, max_seqlens, "q")
-    differing = [name for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded") if _differs(offsets, name)]
+    hosted = host_offsets({name: value for name, value in offsets.items() if value is not None})
+    queries = _packed(hosted, max_seqlens, "q")
+    differing = [name for name in ("cu_seqlens_kv", "cu_seqlens_kv_padded") if _differs(hosted, name)]
     _check_cross(cross, bool(differing))
     if not differing and not cross:
         _checked_max_seqlen(queries.documents, max_seqlens["max_seqlen_kv"], "max_seqlen_kv")
         return queries, queries
-    if offsets["cu_seqlens_kv"] is None:
+    if "cu_seqlens_kv" not in hosted:
         raise InvalidValueError(
             "cross attention needs cu_seqlens_kv",
             got=f"{' and '.join(differing) or 'cross_attention=True'} alone",
             fix="pass the key documents' offsets; leave all three out for self attention",
         )
-    return queries, _packed(offsets, max_seqlens, "kv")
+    return queries, _packed(hosted, max_seqlens, "kv")
 
 
-def _packed(
-    offsets: Mapping[str, Offsets | None], max_seqlens: Mapping[str, int | None], stream: str
-) -> StreamMetadata:
+def _packed(hosted: Mapping[str, Table], max_seqlens: Mapping[str, int | None], stream: str) -> StreamMetadata:
     name = f"cu_seqlens_{stream}"
-    valid = offsets[name]
-    assert valid is not None
-    documents = Documents.from_cu_seqlens(valid, offsets[f"{name}_padded"], name=name)
+    documents = Documents.from_cu_seqlens(hosted[name], hosted.get(f"{name}_padded"), name=name)
     longest = _checked_max_seqlen(documents, max_seqlens[f"max_seqlen_{stream}"], f"max_seqlen_{stream}")
     return StreamMetadata(documents, None, longest)
 
 
-def _differs(offsets: Mapping[str, Offsets | None], name: str) -> bool:
+def _differs(hosted: Mapping[str, Table], name: str) -> bool:
     """Whether key offsets say something else than their query twin."""
-    key, query = offsets[name], offsets[name.replace("_kv", "_q")]
-    if key is None or key is query:
-        return False
-    return query is None or not np.array_equal(checked_offsets(query, name), checked_offsets(key, name))
+    key, query = hosted.get(name), hosted.get(name.replace("_kv", "_q"))
+    return key is not None and (query is None or not np.array_equal(query, key))
 
 
 def _checked_max_seqlen(documents: Documents, max_seqlen: int | None, name: str) -> int:
     longest = documents.max_length
-    if max_seqlen is not None and int(max_seqlen) < longest:
+    if max_seqlen is None:
+        return longest
+    most = checked_count(name, max_seqlen, fix="pass the global maximum as an int, or None")
+    if most < longest:
         raise InvalidValueError(
             f"{name} is shorter than the longest document",
-            got=f"{int(max_seqlen)} for {longest} tokens",
+            got=f"{most} for {longest} tokens",
             fix="pass the global maximum, or None",
         )
-    return longest if max_seqlen is None else int(max_seqlen)
+    return most
 
 
 def dense_streams(
@@ -116,8 +116,8 @@ def dense_streams(
         cross: whether keys are a stream of their own; None tells by the lengths.
 
     Raises:
-        InvalidTypeError: a mask that is not bool or integer.
-        InvalidValueError: a length that is missing or no length, offsets, or a mask of another length.
+        InvalidTypeError: a length that is no int, or a mask that is not bool or integer.
+        InvalidValueError: a length that is missing or negative, offsets, or a mask of another length.
     """
     given = [name for name, value in offsets.items() if value is not None]
     if given:
@@ -130,7 +130,8 @@ def dense_streams(
             f"qkv_format {qkv_format!r} needs max_seqlen_q",
             fix="pass the global sequence length S, before the split over ranks",
         )
-    lengths = {name: _length(name, value) for name, value in max_seqlens.items() if value is not None}
+    fix = "pass the global sequence length as an int, before the split over ranks"
+    lengths = {name: checked_count(name, value, fix=fix) for name, value in max_seqlens.items() if value is not None}
     queries = lengths["max_seqlen_q"]
     keys = lengths.get("max_seqlen_kv", queries)
     padded = (
@@ -147,18 +148,16 @@ def dense_streams(
     )
 
 
-def _check_cross(cross: bool | None, differs: bool) -> None:
+def _check_cross(cross: object, differs: bool) -> None:
+    if not (cross is None or isinstance(cross, bool)):
+        raise InvalidTypeError(
+            "cross_attention must be a bool or None", got=repr(cross), fix="leave it out: the lengths tell"
+        )
     if cross is False and differs:
         raise InvalidValueError(
             "the keys' documents differ from the queries', and cross_attention is False",
             fix="leave cu_seqlens_kv and max_seqlen_kv out for self attention",
         )
-
-
-def _length(name: str, value: int) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 0:
-        raise InvalidValueError(f"{name} must be a sequence length", got=repr(value))
-    return int(value)
 
 
 def _padded_rows(key_padding_mask: Tensor, length: int, stream: str) -> Documents:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.tokens.counts import checked_count
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import offsets_of
 
@@ -25,8 +27,12 @@ def pack_lengths(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         Packs of indices into ``lengths``, ascending inside a pack; deterministic.
 
     Raises:
-        InvalidValueError: a document longer than the budget.
+        InvalidTypeError: lengths or a budget that are no ints.
+        InvalidValueError: negative ones, or a document longer than the budget.
     """
+    token_budget = checked_count("token_budget", token_budget)
+    _check_sequence("lengths", lengths, "the tokens of each document, such as [3, 9, 4]")
+    lengths = [checked_count(f"lengths[{i}]", length) for i, length in enumerate(lengths)]
     longest = max(lengths, default=0)
     if longest > token_budget:
         raise InvalidValueError(
@@ -70,17 +76,15 @@ def pack_documents(
         last document without valid tokens.
 
     Raises:
-        InvalidTypeError: documents that are not integer tensors of one dim.
-        InvalidValueError: more tokens than the budget, or a multiple below 1.
+        InvalidTypeError: documents that are not integer tensors of one dim and one dtype, or settings that are no ints.
+        InvalidValueError: more tokens than the budget, a multiple below 1, or a pad token that the dtype does not hold.
     """
-    for i, document in enumerate(documents):
-        if not isinstance(document, Tensor) or document.dim() != 1 or document.is_floating_point():
-            got = (
-                f"{document.dtype} {list(document.shape)}" if isinstance(document, Tensor) else type(document).__name__
-            )
-            raise InvalidTypeError(f"document {i} must be a 1-D integer tensor", got=got)
-    if multiple_of < 1:
-        raise InvalidValueError("multiple_of must be at least 1", got=multiple_of)
+    _check_sequence("documents", documents, "a list of 1-D integer tensors")
+    dtype = _common_dtype(documents)
+    multiple_of = checked_count("multiple_of", multiple_of, least=1)
+    if token_budget is not None:
+        token_budget = checked_count("token_budget", token_budget, fix="pass the tokens of the whole batch, or None")
+    _check_pad_token(pad_token, dtype)
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     physical = -(-lengths // multiple_of) * multiple_of
     total = int(physical.sum())
@@ -92,13 +96,51 @@ def pack_documents(
         )
     if token_budget is not None and total < token_budget:
         lengths, physical = np.append(lengths, 0), np.append(physical, token_budget - total)
-    return _packed(documents, lengths, physical, pad_token)
+    return _packed(documents, lengths, physical, torch.tensor(int(pad_token), dtype=dtype))
 
 
-def _packed(documents: Sequence[Tensor], lengths: Any, physical: Any, pad_token: int) -> dict[str, Any]:
+def _check_sequence(name: str, value: object, wanted: str) -> None:
+    """Refuse what has no length or cannot be gone through: a number, a generator."""
+    if isinstance(value, (str, bytes, Mapping)) or not (hasattr(value, "__len__") and hasattr(value, "__getitem__")):
+        raise InvalidTypeError(f"{name} must be a sequence", got=type(value).__name__, fix=f"pass {wanted}")
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        raise InvalidTypeError(f"{name} must be a sequence", got="a scalar", fix=f"pass {wanted}")
+
+
+def _common_dtype(documents: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of all documents; int64 where there is none."""
+    for i, document in enumerate(documents):
+        plain = isinstance(document, Tensor) and document.dim() == 1 and document.dtype in _TOKEN_DTYPES
+        if not plain:
+            got = (
+                f"{document.dtype} {list(document.shape)}" if isinstance(document, Tensor) else type(document).__name__
+            )
+            raise InvalidTypeError(
+                f"document {i} must be a 1-D integer tensor", got=got, fix="pass the token ids of each document"
+            )
+        if document.dtype != documents[0].dtype:
+            raise InvalidTypeError(
+                "documents must be of one dtype",
+                got=f"{documents[0].dtype} and, in document {i}, {document.dtype}",
+                fix="convert them with .to(torch.int64)",
+            )
+    return documents[0].dtype if len(documents) else torch.int64
+
+
+_TOKEN_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+
+
+def _check_pad_token(pad_token: object, dtype: torch.dtype) -> None:
+    fix = "pass the id of the padding token"
+    if isinstance(pad_token, bool) or not isinstance(pad_token, (int, np.integer)):
+        raise InvalidTypeError("pad_token must be an int", got=short_repr(pad_token), fix=fix)
+    if not torch.iinfo(dtype).min <= pad_token <= torch.iinfo(dtype).max:
+        raise InvalidValueError(f"pad_token must be a number of the documents' {dtype}", got=pad_token, fix=fix)
+
+
+def _packed(documents: Sequence[Tensor], lengths: Any, physical: Any, pad_token: Tensor) -> dict[str, Any]:
     offsets, padded = offsets_of(lengths), offsets_of(physical)
-    dtype = documents[0].dtype if len(documents) else torch.int64
-    tokens = torch.full((int(padded[-1]),), pad_token, dtype=dtype)
+    tokens = pad_token.repeat(int(padded[-1]))
     labels = torch.full((int(padded[-1]),), -100, dtype=torch.int64)
     for start, document in zip(padded[:-1].tolist(), documents, strict=False):
         tokens[start : start + len(document)] = document
@@ -121,8 +163,12 @@ def unpack_documents(packed: Tensor, cu_seqlens: Tensor, cu_seqlens_padded: Tens
     """The valid rows of each document of a packed global tensor ``[T, ...]``; the inverse of :func:`pack_documents`.
 
     Raises:
+        InvalidTypeError: no tensor, or offsets that are not integers.
         InvalidValueError: offsets that do not describe the tensor.
     """
+    if not isinstance(packed, Tensor) or packed.dim() == 0:
+        got = "a scalar" if isinstance(packed, Tensor) else type(packed).__name__
+        raise InvalidTypeError("the packed tensor must be [T, ...]", got=got, fix="pass batch['tokens'], say")
     documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
     if documents.num_tokens != len(packed):
         raise InvalidValueError(
