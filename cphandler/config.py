@@ -16,8 +16,9 @@ class CPConfig(BaseModel):
             registered with :func:`cphandler.register_kernel`.
         deterministic: use only kernels whose results have the same bits in two runs. The CPU kernels always do;
             torch's CUDA kernels do not in their backward pass.
-        check_consistency: when to compare the batch across ranks before the first exchange: for every
-            handler, for the first handler of a group, or never.
+        check_consistency: when to compare across ranks: ``"always"``, before the first exchange of every handler, with
+            what the ranks have done since the last comparison; ``"first"``, for the first handler of a group;
+            ``"never"``; ``"each_call"``, before each call and each backward pass, for debugging.
         timeout: seconds the check waits for the slowest rank; None leaves it to the process group.
         ulysses_degree: ranks of the inner group under ``a2a+p2p`` and ``a2a+ring`` over a flat group; None takes the
             smallest divisor of the group's size that is at least its square root.
@@ -31,7 +32,7 @@ class CPConfig(BaseModel):
 
     kernel: str = "auto"
     deterministic: bool = False
-    check_consistency: Literal["always", "first", "never"] = "always"
+    check_consistency: Literal["always", "first", "never", "each_call"] = "always"
     timeout: float | None = Field(default=None, gt=0)
     ulysses_degree: int | None = Field(default=None, ge=1)
     tile: int | None = Field(default=None, ge=1)

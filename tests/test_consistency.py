@@ -13,6 +13,7 @@ from cphandler import (
     Bands,
     CPConfig,
     Full,
+    Layout,
     Mask,
     RankMismatchError,
     get_batch_on_this_cp_rank,
@@ -107,6 +108,37 @@ def test_other_differences(ranks: RankPool, what: str) -> None:
     messages = ranks.run(different_in, what)
     assert len(set(messages)) == 1
     assert EXPECTED[what] in messages[0]
+
+
+def other_algorithms(what: str) -> str:
+    odd = dist.get_rank() == 1
+    group, arguments = partition_group([range(4)]), {"qkv_format": "thd", "cu_seqlens_q": [0, 16]}
+    comm_types: Any = ["ring", "ring"] if odd else ["ring", "p2p"]
+    if what == "a list and a class":
+        comm_types = "ring" if odd else ["ring", "ring"]
+    if what in LAYOUTS:
+        comm_types, arguments["layout"] = "ring", LAYOUTS[what](odd)
+    handler = get_cp_handler_cls("local", comm_types)(cp_group=group, **arguments)
+    tokens = torch.zeros(handler.num_local_tokens)
+    return message_of(lambda: handler.combine(tokens, 0))
+
+
+SPANS = [[(4 * rank, 4, 1)] for rank in range(4)]
+LAYOUTS: dict[str, Any] = {"rows of a layout": lambda odd: Layout("mine", 16, SPANS, num_local_tokens=6 if odd else 5)}
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("another layer", "rank 1 has LayeredHandler RingHandler RingHandler(thd)"),
+        ("a list and a class", "rank 1 has RingHandler(thd)"),
+        ("rows of a layout", "rank 1 has mine of 6 rows"),
+    ],
+)
+def test_other_algorithms_and_layouts(ranks: RankPool, what: str, told: str) -> None:
+    messages = ranks.run(other_algorithms, what)
+    assert len(set(messages)) == 1
+    assert told in messages[0]
 
 
 def one_rank_refuses(method: str) -> str:

@@ -1,4 +1,4 @@
-"""The check that all ranks of a group hold the same batch: one tiny collective, a clear error instead of a hang."""
+"""The check that all ranks of a group hold one batch and make one call: a tiny collective instead of a hang."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.comm.groups import CPGroup
+from cphandler.comm.journal import Journal, journal_of
 from cphandler.config import CPConfig
 from cphandler.errors import RankMismatchError
 from cphandler.tokens.intervals import Table
@@ -35,8 +36,11 @@ def shown(values: Table, most: int = 6) -> str:
     return f"[{head}{more}] {digest(np.ascontiguousarray(values).tobytes())}"
 
 
-class Agreement:
-    """Compares facts across the ranks of a group, once.
+class Consistency:
+    """Compares what the ranks of a group hold and do: once for a handler, or before each of its calls.
+
+    Between two comparisons each rank keeps a journal of its calls and of their backward passes; the next comparison, of
+    whatever handler, includes it at no further cost.
 
     Args:
         group: the group.
@@ -44,10 +48,44 @@ class Agreement:
     """
 
     def __init__(self, group: CPGroup, config: CPConfig) -> None:
-        self._group = group
-        self._timeout = config.timeout
-        first_only = config.check_consistency == "first" and group.source in _settled_groups
-        self.pending = group.size > 1 and bool(group.name) and config.check_consistency != "never" and not first_only
+        self._group, self._timeout = group, config.timeout
+        mode = config.check_consistency
+        connected = group.size > 1 and bool(group.name)
+        self.active = connected and mode != "never" and not (mode == "first" and group.source in _settled_groups)
+        self._keeps_journal = self.active and mode != "first"
+        self._each_call = mode == "each_call"
+        self.pending = self.active
+
+    @property
+    def _journal(self) -> Journal:
+        return journal_of(collectives.process_group(self._group.name))
+
+    def note(self, call: str) -> None:
+        """Remember a call that is not compared before it is made.
+
+        Args:
+            call: what this rank is about to do, in words that must be the same on all ranks.
+        """
+        if self._keeps_journal:
+            self._journal.note(call)
+
+    def watched(self, x: Tensor) -> Tensor:
+        """``x`` itself; its backward pass is a call of its own, which the journal holds and ``each_call`` compares.
+
+        Args:
+            x: what the call that was noted last gave back.
+        """
+        if not self._keeps_journal or not x.requires_grad or torch.compiler.is_compiling():
+            return x
+        call = f"backward of call {self._journal.calls}, {self._journal.last}"
+
+        def noted(_: Tensor) -> None:
+            if self._each_call:
+                self.settle({"call": call})
+            self.note(call)
+
+        x.register_hook(noted)
+        return x
 
     def settle(self, facts: dict[str, str], error: Exception | None = None) -> None:
         """Exchange facts; every rank raises alike where they differ or where a rank refused the call.
@@ -59,10 +97,11 @@ class Agreement:
         Raises:
             RankMismatchError: facts differ, or another rank refused.
         """
-        if not self.pending:
+        if not self.active:
             return
-        self.pending = False
+        self.pending = self._each_call
         status = "" if error is None else f"{type(error).__name__}: {error}"
+        facts = {**facts, "calls before": str(self._journal)} if self._keeps_journal else facts
         answers = [
             _unpacked(payload) for payload in collectives.agree(_packed(facts, status), self._group.name, self._timeout)
         ]
@@ -77,11 +116,14 @@ class Agreement:
             )
         if len({whole for whole, _ in answers}) > 1:
             raise RankMismatchError(
-                "the ranks of the context-parallel group do not hold the same batch",
+                "the ranks of the context-parallel group do not hold the same batch, or have not made the same calls",
                 got=_differences([words for _, words in answers]),
-                fix="give every rank of the group the same global batch, handler arguments and order of calls",
+                fix="give every rank of the group the same global batch, handler arguments and order of calls; "
+                'check_consistency="each_call" says which call was the first to differ',
             )
         _settled_groups.add(self._group.source)
+        if self._keeps_journal:
+            self._journal.start_afresh()
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cphandler.attention.attention import Attention
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.options import OptionalArguments
-from cphandler.comm.consistency import Agreement, digest, kind_of, shortened, shown
+from cphandler.comm.consistency import Consistency, digest, kind_of, shortened, shown
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler, FreqsMode, check_stream
 from cphandler.layouts.layout import Layout
@@ -62,7 +62,7 @@ class LayoutHandler(ContextParallelHandler):
         keep_out_of_graphs()
         self.shards = ShardPair(*self._shards(layout))
         self._routes: dict[tuple[str, int, torch.device], RollRoute] = {}
-        self._agreement = Agreement(self.ranks, self.config)
+        self._consistency = Consistency(self.ranks, self.config)
         self.attention = self.make_attention()
         self.shards.bands(self.mask)  # a mask that does not fit the batch is refused here
 
@@ -120,7 +120,9 @@ class LayoutHandler(ContextParallelHandler):
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
-        return self.attention(attn_mod, (query, key, value), options)
+        result = self.attention(attn_mod, (query, key, value), options)
+        self._consistency.watched(result if isinstance(result, Tensor) else result.out)
+        return result
 
     def shard(self, stream: str = "q") -> Shard:
         """See :meth:`ContextParallelHandler.shard`."""
@@ -137,7 +139,7 @@ class LayoutHandler(ContextParallelHandler):
         return self.shards[stream].tensor(name, device).clamp(min=0)
 
     def agree(self, call: str = "agree", error: Exception | None = None) -> None:
-        """Check that all ranks of the group hold this batch; does nothing after the first time.
+        """Check that all ranks of the group hold this batch and did the same; does nothing after the first time.
 
         Every method that communicates does this by itself. Called early, it moves the check to a convenient place.
 
@@ -148,8 +150,8 @@ class LayoutHandler(ContextParallelHandler):
         Raises:
             RankMismatchError: the ranks' batches differ, or another rank raised; on every rank alike.
         """
-        if self._agreement.pending:
-            self._agreement.settle(self._facts(call), error)
+        if self._consistency.pending:
+            self._consistency.settle(self._facts(call), error)
 
     def _facts(self, call: str) -> dict[str, str]:
         facts = {"call": call, "handler": f"{self.algorithm}({self.qkv_format})"}
@@ -170,17 +172,22 @@ class LayoutHandler(ContextParallelHandler):
     def shown_mask(self, mask: Mask) -> str:
         """A mask by its bands, which say all that matters, and by name; a caller's class may print an address."""
         name = repr(mask) if is_dataclass(mask) else type(mask).__name__
-        return f"{shortened(name, 60)} {digest(self.shards.bands(mask).tobytes())}"
+        return f"{shortened(name, 60)} {digest(self.shards.fingerprint(mask))}"
 
     def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
-        """Run a check; on the first exchange, let every rank know whether it passed and whether all make one call."""
+        """Run a check; on the first exchange, let every rank know whether it passed and whether all make one call.
+
+        Later calls go into the group's journal; see :class:`Consistency`.
+        """
         try:
             result = check()
         except Exception as error:
             self.agree(method, error)
             raise
-        if self._agreement.pending:
-            self.agree(f"{method} {describe(result)}")
+        if self._consistency.active:
+            call = f"{method} {describe(result)}"
+            self.agree(call)
+            self._consistency.note(call)
         return result
 
     @untraced
@@ -198,7 +205,8 @@ class LayoutHandler(ContextParallelHandler):
         dim = self.agreed("dispatch", check, lambda dim: f"dim {dim} of {kind_of(tensor)}") if returns else check()
         if not self.sequence_sharded:
             return tensor
-        return dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name)
+        rows = dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name)
+        return self._consistency.watched(rows) if returns else rows
 
     @untraced
     def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
@@ -213,7 +221,7 @@ class LayoutHandler(ContextParallelHandler):
             check()
             return tensor
         dim = self.agreed("combine", check, lambda dim: f"dim {dim} of {kind_of(tensor)}, grad {grad}")
-        return combine_rows(tensor, dim, self.shards[stream], grad, self.ranks.name)
+        return self._consistency.watched(combine_rows(tensor, dim, self.shards[stream], grad, self.ranks.name))
 
     def rope(
         self,
@@ -278,6 +286,7 @@ class LayoutHandler(ContextParallelHandler):
 
         dim = self.agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
         rolled = roll(tensor, dim, self._route(stream, shifts, tensor.device), fill_value, self.ranks.name)
+        self._consistency.watched(rolled)
         if self.shards[stream].padded_rows is not None:
             valid = self.shards[stream].shifted_validity(shifts, rolled.device)
             rolled = _cleared(rolled, dim, valid, fill_value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -251,6 +252,7 @@ class ShardPair:
         self.queries = queries
         self.keys = keys
         self._bands: dict[Mask, Table] = {}
+        self._fingerprints: dict[Mask, bytes] = {}
 
     @property
     def is_crossing(self) -> bool:
@@ -271,6 +273,12 @@ class ShardPair:
         if mask not in self._bands:
             self._bands[mask] = mask.bands(self.queries.documents, self.keys.documents)
         return self._bands[mask]
+
+    def fingerprint(self, mask: Mask) -> bytes:
+        """Bytes that two masks share where they say the same of this batch, cached."""
+        if mask not in self._fingerprints:
+            self._fingerprints[mask] = hashlib.blake2b(self.bands(mask).tobytes(), digest_size=8).digest()
+        return self._fingerprints[mask]
 
     def visible_bands(self, mask: Mask) -> Table:
         """A mask's bands over all rows of the batch laid end to end, cut to real tokens.
