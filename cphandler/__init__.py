@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.tokens.masks import Mask as Mask
     from cphandler.tokens.masks import PerDocument as PerDocument
     from cphandler.tokens.masks import PrefixLM as PrefixLM
+    from cphandler.tokens.masks import PrefixTree as PrefixTree
     from cphandler.tokens.masks import PrefixWindow as PrefixWindow
     from cphandler.tokens.masks import SharedQuestion as SharedQuestion
     from cphandler.tokens.masks import SlidingWindow as SlidingWindow
@@ -103,6 +104,7 @@ _MODULES: dict[str, str] = {
     "PerDocument": "tokens.masks",
     "PlanStats": "plan.batch_plan",
     "PrefixLM": "tokens.masks",
+    "PrefixTree": "tokens.masks",
     "PrefixWindow": "tokens.masks",
     "RankMismatchError": "errors",
     "SharedQuestion": "tokens.masks",

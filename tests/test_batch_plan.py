@@ -20,6 +20,8 @@ from cphandler import (
     Documents,
     Layout,
     Mask,
+    PerDocument,
+    PrefixTree,
     SharedQuestion,
     SlidingWindow,
     UnsupportedError,
@@ -101,7 +103,11 @@ def received(made: BatchPlan, needed: list[int], sees: Any) -> list[int]:
 @pytest.mark.parametrize("cp_size", SIZES)
 def test_every_mask_over_every_layout(cp_size: int, padded: tuple[int, ...] | None) -> None:
     physical = padded or LENGTHS
-    masks = masks_over(5) | {"SharedQuestion": SharedQuestion(((5, 4, 4), (), (2, 0, 3), (1,), (0, 4, 5)))}
+    trees = tuple(PrefixTree((-1, 0, 0, 2), (n // 3, n // 4, n // 5, n - n // 3 - n // 4 - n // 5)) for n in LENGTHS)
+    masks = masks_over(5) | {
+        "SharedQuestion": SharedQuestion(((5, 4, 4), (), (2, 0, 3), (1,), (0, 4, 5))),
+        "PrefixTree": PerDocument(trees),
+    }
     for mask in masks.values():
         for layout in layouts_of(sum(physical), cp_size):
             made = plan_batch(

@@ -34,6 +34,7 @@ from cphandler import (
     Mask,
     PerDocument,
     PrefixLM,
+    PrefixTree,
     PrefixWindow,
     SharedQuestion,
     SlidingWindow,
@@ -74,6 +75,14 @@ def segments_in(length: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
+def trees_of(draw: st.DrawFn, length: int) -> PrefixTree:
+    """Nodes of so many tokens together, empty ones and several roots among them."""
+    cuts = sorted(draw(st.lists(st.integers(0, length), max_size=8)))
+    lengths = tuple(b - a for a, b in pairwise([0, *cuts, length]))
+    return PrefixTree(tuple(draw(st.integers(-1, i - 1)) for i in range(len(lengths))), lengths)
+
+
+@st.composite
 def bands_in(draw: st.DrawFn, num_queries: int, num_keys: int) -> Bands:
     """Disjoint bands: the rectangle cut into smaller ones, a diagonal range in each, some left out."""
     q_cuts, k_cuts = (
@@ -94,7 +103,9 @@ def plain_masks(lengths: list[int]) -> st.SearchStrategy[Mask]:
     few, many = st.integers(1, 9), st.integers(0, 25)
     shortest = min((n for n in lengths if n), default=0)
     align = st.sampled_from([None, "top_left", "bottom_right"])
+    trees = [trees_of(shortest)] if len({n for n in lengths if n}) <= 1 else []
     return st.one_of(
+        *trees,
         st.builds(Causal, align),
         st.just(Full()),
         st.builds(SlidingWindow, many, st.integers(0, 6), align),
@@ -180,7 +191,7 @@ def test_bands_across_two_streams_are_the_definition(data: st.DataObject, stream
 def test_the_picture_in_the_docstring() -> None:
     lines = [line.strip() for line in (cphandler.tokens.masks.__doc__ or "").splitlines()]
     heads = [i for i, line in enumerate(lines) if re.match(r"\w+\(.*\)$", line)]
-    assert len(heads) == 2
+    assert len(heads) == 3
     drawn = {}
     for head in heads:
         columns = zip(*(re.split(r" {2,}", line) for line in lines[head : head + 7]), strict=True)
@@ -194,6 +205,8 @@ def test_the_picture_in_the_docstring() -> None:
         "Chunked(3)",
         "PrefixWindow(1, 1)",
         "SharedQuestion((2, 2, 2))",
+        "SlidingWindow(1, 1)",
+        "PrefixTree((-1, 0, 1, 1, 0), (1, 1, 2, 1, 1))",
     }
     for name, rows in drawn.items():
         assert rows == picture_of(eval(name, vars(cphandler.tokens.masks)), 6), name
@@ -253,7 +266,7 @@ def test_counts_past_every_document() -> None:
 def test_streams_without_documents_or_tokens() -> None:
     nothing, empty = Documents.from_cu_seqlens([0]), Documents.from_cu_seqlens([0, 0, 0])
     every = (Causal(), Full(), SlidingWindow(2), BlockCausal(2), Chunked(2), PrefixWindow(1, 1), Bands([]))
-    for mask in (*every, *map(AcrossDocuments, every), PrefixLM(2), SharedQuestion((2, 2))):
+    for mask in (*every, *map(AcrossDocuments, every), PrefixLM(2), SharedQuestion((2, 2)), PrefixTree((-1,), (9,))):
         assert mask.bands(nothing, nothing).shape[1] == 6
         assert seen_by(mask, nothing, nothing).shape == seen_by(mask, empty, empty).shape == (0, 0)
     assert PerDocument(()).bands(nothing, nothing).shape == (0, 6)
@@ -305,6 +318,15 @@ NONE: dict[str, tuple[Callable[[], Mask], type[Exception], str]] = {
         InvalidTypeError,
         "segments of a document must be a tuple; got 3",
     ),
+    "a node before its parent": (
+        lambda: PrefixTree((-1, 2, 0), (1, 1, 1)),
+        InvalidValueError,
+        "a node of a PrefixTree comes after its parent; got parent 2 of node 1; list nodes from the roots on",
+    ),
+    "a node its own parent": (lambda: PrefixTree((0,), (1,)), InvalidValueError, "got parent 0 of node 0"),
+    "no parent": (lambda: PrefixTree((None,), (1,)), InvalidTypeError, "got None; pass .*, or -1 for a root"),  # type: ignore[arg-type]
+    "below a root": (lambda: PrefixTree((-2,), (1,)), InvalidValueError, "must be at least -1; got -2"),
+    "a node without length": (lambda: PrefixTree((-1, 0), (1,)), InvalidValueError, "got 2 parents and 1 lengths"),
     "masks in a list": (
         lambda: PerDocument([Causal()]),  # type: ignore[arg-type]
         InvalidTypeError,
@@ -359,6 +381,9 @@ def test_every_argument_of_every_mask_refuses_what_it_is_not(value: Any) -> None
         "Bands rows": lambda x: Bands([x]),
         "Bands a number": lambda x: Bands([(0, 4, x, 4, 0, 1)]),
     }
+    if not (isinstance(value, tuple) and value == (-1,)):  # the parents of a root
+        places["PrefixTree parents"] = lambda x: PrefixTree(x, (1,))
+    places["PrefixTree lengths"] = lambda x: PrefixTree((-1,), x)
     if value is not None:  # there it is the default
         places |= {"Causal align": Causal, "SlidingWindow align": lambda x: SlidingWindow(1, 1, x)}
     places["Chunked origin"] = lambda x: Chunked(1, x)
@@ -395,9 +420,12 @@ def test_hashes_are_made_once_and_stay_at_home(monkeypatch: pytest.MonkeyPatch) 
         PerDocument((Causal("top_left"),) * 4000),
         SharedQuestion(((1, 2), (3,))),
         PrefixLM((1, 2)),
+        PrefixTree((-1, 0), (4, 5)),
         Bands([(0, 4, 0, 4, -1, 0)]),
     ]
     for mask in masks:
+        if isinstance(mask, PrefixTree):
+            mask.bands(*[Documents.dense(9)] * 2)
         first = hash(mask)
         travelled, copied = pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)
         assert set(vars(travelled)) == set(vars(copied)) == {field.name for field in fields(mask)}  # type: ignore[arg-type]
@@ -467,6 +495,8 @@ MISFITS: dict[str, tuple[Mask, str]] = {
     "segments": (SharedQuestion(((1,),)), "SharedQuestion needs the segments of each document; got 1 for 2 documents"),
     "long segments": (SharedQuestion(((1, 2), (2, 4))), "longer than document 1; got 6 for 5 tokens"),
     "long segments for all": (SharedQuestion((2, 2)), "longer than document 0; got 4 for 3 tokens"),
+    "tree": (PrefixTree((-1, 0), (2, 1)), "do not sum to the length of document 1; got 3 for 5 tokens; .* PerDocument"),
+    "short tree": (PrefixTree((-1, 0), (1, 1)), "do not sum to the length of document 0; got 2 for 3 tokens"),
     "masks": (PerDocument((Causal(),)), "PerDocument needs one mask per document; got 1 for 2 documents"),
     "prefixes of all in each": (
         PerDocument((PrefixLM((1, 2)), Causal())),
@@ -489,7 +519,15 @@ def test_masks_of_other_documents(name: str) -> None:
 
 @pytest.mark.parametrize(
     "mask",
-    [PrefixLM(2), PrefixLM((2, 1)), BlockCausal(2), Chunked(2), PrefixWindow(1, 1), SharedQuestion((1, 1))],
+    [
+        PrefixLM(2),
+        PrefixLM((2, 1)),
+        BlockCausal(2),
+        Chunked(2),
+        PrefixWindow(1, 1),
+        SharedQuestion((1, 1)),
+        PrefixTree((-1,), (3,)),
+    ],
     ids=repr,
 )
 def test_masks_of_one_stream(mask: Mask) -> None:
@@ -532,6 +570,7 @@ CAUSAL: list[Mask] = [
     Chunked(3),
     PrefixWindow(3, 2),
     SharedQuestion((3, 2, 2)),
+    PrefixTree((-1, 0, 0), (3, 2, 2)),
     PerDocument((Causal(), Chunked(2))),
     AcrossDocuments(Causal()),
     Bands([(2, 4, 0, 2, -9, 9)]),

@@ -25,6 +25,7 @@ from cphandler import (
     Mask,
     PerDocument,
     PrefixLM,
+    PrefixTree,
     PrefixWindow,
     SharedQuestion,
     SlidingWindow,
@@ -54,7 +55,7 @@ def segment_of(token: int, segments: Sequence[int]) -> int:
     return len(segments)
 
 
-def sees_in_document(mask: Mask, number: int, queries: Tokens, keys: Tokens, q: int, k: int) -> bool:  # noqa: PLR0911
+def sees_in_document(mask: Mask, number: int, queries: Tokens, keys: Tokens, q: int, k: int) -> bool:  # noqa: C901, PLR0911
     """Whether token q of a document's queries sees token k of its keys; both are real."""
     match mask:
         case Causal():
@@ -77,6 +78,12 @@ def sees_in_document(mask: Mask, number: int, queries: Tokens, keys: Tokens, q: 
             own = segments[number] if segments and isinstance(segments[0], tuple) else segments
             own_question = segment_of(k, own) == 0 and len(own) > 0  # type: ignore[arg-type]
             return k <= q and (own_question or segment_of(k, own) == segment_of(q, own))  # type: ignore[arg-type]
+        case PrefixTree(parents, lengths):
+            node, way = segment_of(q, lengths), set()
+            while node >= 0:
+                way.add(node)
+                node = parents[node]
+            return k <= q and segment_of(k, lengths) in way
         case PerDocument(masks):
             return sees([queries], [keys], masks[number])[q][k]
         case _:
@@ -157,6 +164,7 @@ def test_the_definitions_tell_masks_apart(kind: type[Mask]) -> None:
         Chunked: Chunked(4),
         PrefixWindow: PrefixWindow(2, 1),
         SharedQuestion: SharedQuestion((2, 3)),
+        PrefixTree: PrefixTree((-1, 0, 1, 1, 0), (2, 1, 2, 2, 2)),
         PerDocument: PerDocument((SlidingWindow(1, 3),)),
     }
     pictures = {other: sees([[True] * 9], [[True] * 9], mask) for other, mask in own.items()}

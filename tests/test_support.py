@@ -21,6 +21,7 @@ from cphandler import (
     Mask,
     PerDocument,
     PrefixLM,
+    PrefixTree,
     PrefixWindow,
     SharedQuestion,
     SlidingWindow,
@@ -44,6 +45,8 @@ def masks_over(documents: int) -> dict[str, Mask]:
     packed = documents == 5
     bands = [(0, 9, 0, 9, float("-inf"), 0), (9, 11, 0, 4, -9, 9), (9, 11, 5, 11, -2, 1)]
     mixed = (Causal(), Full(), SlidingWindow(2), Full(), PrefixLM(4)) if packed else (PrefixWindow(2, 3),)
+    nodes = ((3, 4, 2, 2, 2), (1, 0, 1, 1, 0), (2, 1, 1, 1, 1), (0, 0, 0, 1, 0), (1, 1, 3, 3, 1))
+    trees = tuple(PrefixTree((-1, 0, 1, 1, 0), lengths) for lengths in nodes)
     return {
         "Causal": Causal(),
         "Full": Full(),
@@ -53,6 +56,7 @@ def masks_over(documents: int) -> dict[str, Mask]:
         "Chunked": Chunked(5),
         "PrefixWindow": PrefixWindow(2, 3),
         "SharedQuestion": SharedQuestion(((5, 4, 4), (1, 1, 1), (2, 0, 3), (1,), (0, 4, 5)) if packed else (3, 4, 2)),
+        "PrefixTree": PerDocument(trees) if packed else PrefixTree((-1, 0, 1, 0, 3, 3), (2, 3, 1, 2, 0, 3)),
         "PerDocument": PerDocument(mixed),
         "AcrossDocuments": AcrossDocuments(SlidingWindow(9)),
         "Bands": Bands(bands),

@@ -23,6 +23,7 @@ from cphandler.tokens.masks import (
     Mask,
     PerDocument,
     PrefixLM,
+    PrefixTree,
     PrefixWindow,
     SharedQuestion,
     SlidingWindow,
@@ -127,6 +128,17 @@ def _in_shared_question(mask: SharedQuestion, query: Tensor, key: Tensor) -> Ten
     return (key <= query) & ((key_segment == 0) | (key_segment == query_segment))
 
 
+def _in_prefix_tree(mask: PrefixTree, query: Tensor, key: Tensor) -> Tensor:
+    nodes = len(mask.parents)
+    reaches = torch.eye(nodes + 1, dtype=torch.bool)  # the last is where padding after the tree is, seen by none other
+    for node, parent in enumerate(mask.parents):
+        if parent >= 0:
+            reaches[node] |= reaches[parent]
+    ends = torch.tensor(mask.lengths, dtype=torch.int64).cumsum(0)
+    query_node, key_node = ((token[..., None] >= ends).sum(-1) for token in (query, key))
+    return (key <= query) & reaches[query_node, key_node]
+
+
 def _in_rows(mask: Bands, num_queries: int, num_keys: int) -> Tensor:
     query, key = torch.arange(num_queries)[:, None], torch.arange(num_keys)[None]
     seen = torch.zeros(num_queries, num_keys, dtype=torch.bool)
@@ -147,6 +159,7 @@ _DEFINITIONS: dict[type[Mask], Callable[[Any, Tensor, Tensor], Tensor]] = {
     Chunked: lambda mask, query, key: (key <= query) & (key // mask.chunk == query // mask.chunk),
     PrefixWindow: lambda mask, query, key: (key <= query) & ((key < mask.prefix) | (query - key <= mask.left)),
     SharedQuestion: _in_shared_question,
+    PrefixTree: _in_prefix_tree,
 }
 """Each mask inside one document, from token positions ``query [n, 1]`` and ``key [1, m]``."""
 

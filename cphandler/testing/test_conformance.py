@@ -38,6 +38,7 @@ from cphandler.tokens.masks import (
     Mask,
     PerDocument,
     PrefixLM,
+    PrefixTree,
     PrefixWindow,
     SharedQuestion,
     SlidingWindow,
@@ -105,10 +106,17 @@ def masks_over(lengths: tuple[int, ...]) -> dict[str, Mask]:
         "Chunked": Chunked(5),
         "PrefixWindow": PrefixWindow(2, 3),
         "SharedQuestion": SharedQuestion(tuple((length // 3, length // 4) for length in lengths)),
+        "PrefixTree": PerDocument(tuple(_tree(length) for length in lengths)),
         "PerDocument": PerDocument(tuple(islice(cycle((Causal(), Full(), SlidingWindow(2))), len(lengths)))),
         "AcrossDocuments": AcrossDocuments(SlidingWindow(9)),
         "Bands": Bands(apart),
     }
+
+
+def _tree(length: int) -> PrefixTree:
+    """A root with two branches, the first of which has two of its own."""
+    quarter = length // 4
+    return PrefixTree((-1, 0, 1, 1, 0), (quarter, quarter, length // 8, quarter, length - 3 * quarter - length // 8))
 
 
 def physical(batch: Batch) -> tuple[int, ...]:

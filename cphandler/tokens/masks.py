@@ -21,6 +21,14 @@ Who sees whom in one document of 6 tokens, rows are queries::
     x x x x x x   . . . x . .        x . x x . .          x x x x . .
     x x x x x x   . . . x x .        x . . x x .          x x . . x .
     x x x x x x   . . . x x x        x . . . x x          x x . . x x
+
+    SlidingWindow(1, 1)   PrefixTree((-1, 0, 1, 1, 0), (1, 1, 2, 1, 1))
+    x x . . . .           x . . . . .
+    x x x . . .           x x . . . .
+    . x x x . .           x x x . . .
+    . . x x x .           x x x x . .
+    . . . x x x           x x . . x .
+    . . . . x x           x . . . . x
 """
 
 from __future__ import annotations
@@ -31,7 +39,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate, pairwise
 from numbers import Integral, Real
 from reprlib import repr as short_repr
 from typing import Any, Literal, TypeAlias, cast
@@ -41,11 +48,15 @@ import numpy as np
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, restrict, shifted, tightened
 from cphandler.tokens.documents import Documents
-from cphandler.tokens.intervals import MOST_TOKENS, UNBOUNDED, Table, expand, table
+from cphandler.tokens.intervals import MOST_TOKENS, UNBOUNDED, Flags, Table, expand, table
+from cphandler.tokens.trees import tree_bands, tree_positions
 
 Align: TypeAlias = Literal["top_left", "bottom_right"]
 """Where the diagonal lies when a document has more keys than queries, or fewer: through its first query and its first
 key, or through its last real ones. Kernels disagree, so that it has to be said."""
+
+Tree: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
+"""Parents and lengths of the nodes of a document; see :class:`PrefixTree`."""
 
 Origin: TypeAlias = Literal["start", "first_valid"]
 """Where a document is counted from: its first token, padding included, or its first real one."""
@@ -66,6 +77,20 @@ class Mask(ABC):
             InvalidValueError: parameters that do not fit the documents.
             UnsupportedError: two different streams, for a mask that has no meaning there.
         """
+
+    def positions(self, documents: Documents) -> Table | None:
+        """``[T]`` position of each token that the mask implies, for rope; None where they follow from the documents.
+
+        The answers of a shared question go on where the question ended, each of them, and so do the branches of a tree.
+
+        Args:
+            documents: documents of the stream; the rows of a padded dense batch laid end to end.
+
+        Raises:
+            InvalidValueError: parameters that do not fit the documents.
+        """
+        del documents
+        return None
 
     def alone(self) -> Mask:
         """The mask that says of each document of a stream what this one says of a stream of that document alone.
@@ -483,19 +508,36 @@ class SharedQuestion(_Remembering):
             UnsupportedError: two different streams.
         """
         documents, which = _own_documents(self, queries, keys)
+        trees = self._trees(documents, which, queries)
+        return _laid_out([tree_bands(*tree) for tree in trees[0]], trees[1], documents[:, 0])
+
+    def positions(self, documents: Documents) -> Table:
+        """Those of an answer follow the question's, whichever answer it is.
+
+        Raises:
+            InvalidValueError: segments of other documents than these, or longer than one that has tokens.
+        """
+        own, which = _own_documents(self, documents, documents)
+        trees = self._trees(own, which, documents)
+        return _spread([tree_positions(*tree) for tree in trees[0]], trees[1], which, documents)
+
+    def _trees(self, own: Table, which: Table, documents: Documents) -> tuple[list[Tree], list[int]]:
+        """The distinct trees of documents that have tokens, and which of them each has."""
         if not self._is_shared:
-            _check_number("SharedQuestion needs the segments of each document", len(self._rows), queries)
-        bands: list[tuple[int, ...]] = []
-        for (start, stop), i in zip(documents.tolist(), which.tolist(), strict=True):
-            lengths = self._rows[0 if self._is_shared else i]
-            if sum(lengths) > stop - start:
+            _check_number("SharedQuestion needs the segments of each document", len(self._rows), documents)
+        real = _have_real_tokens(documents)
+        known: dict[tuple[tuple[int, ...], int], int] = {}
+        kinds = []
+        for i, length in zip(which.tolist(), (own[:, 1] - own[:, 0]).tolist(), strict=True):
+            segments = self._rows[0 if self._is_shared else i] if real[i] else ()
+            if sum(segments) > length:
                 raise InvalidValueError(
                     f"SharedQuestion segments are longer than document {i}",
-                    got=f"{sum(lengths)} for {stop - start} tokens",
+                    got=f"{sum(segments)} for {length} tokens",
                     fix="give each document its own: SharedQuestion(((question, answer, ...), ...))",
                 )
-            bands += _question_and_answers(start, stop, lengths)
-        return tightened(table(bands, 6))
+            kinds.append(known.setdefault((segments, length), len(known)))
+        return [_question_and_answers(*key) for key in known], kinds
 
     def alone(self) -> Mask:
         """The one document's segments for all."""
@@ -510,14 +552,131 @@ class SharedQuestion(_Remembering):
         return True
 
 
-def _question_and_answers(start: int, stop: int, lengths: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Bands of one document, empty ones among them."""
-    cuts = [*accumulate(lengths, initial=start), stop]
-    question = cuts[min(1, len(lengths))]
-    for first, last in pairwise(cuts):
-        yield first, last, first, last, -UNBOUNDED, 0
-        if first >= question:
-            yield first, last, start, question, -UNBOUNDED, UNBOUNDED
+def _question_and_answers(segments: tuple[int, ...], length: int) -> Tree:
+    """The question as the root of its answers; what is left of the document is one more."""
+    lengths = (*segments, length - sum(segments))
+    return (-1, *[0] * (len(lengths) - 1)), lengths
+
+
+@dataclass(frozen=True)
+class PrefixTree(_Remembering):
+    """A document is a tree of nodes; a token sees what is before it in its node, and all nodes on the way to its root.
+
+    Prompts with continuations that share beginnings, such as the rollouts of one prompt, each beginning held once.
+    Positions go on along the branch: those of a node begin where its parent's end.
+
+    All documents of the batch have this tree; ``PerDocument((PrefixTree(...), ...))`` gives each its own. A document
+    that is all padding needs none.
+
+    Attributes:
+        parents: for each node the number of its parent, an earlier node, or -1 for a root; there may be several.
+        lengths: tokens of each node, in the order in which the document holds them. They sum to the document's length,
+            or to its length without the padding at its end.
+
+    Raises:
+        InvalidTypeError: not tuples of ints.
+        InvalidValueError: not one parent and one length per node, a negative length, or a node before its parent.
+    """
+
+    parents: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    __hash__ = _Remembering.__hash__
+
+    def __post_init__(self) -> None:
+        _check_tuple("PrefixTree parents", self.parents)
+        _check_tuple("PrefixTree lengths", self.lengths)
+        if len(self.parents) != len(self.lengths):
+            raise InvalidValueError(
+                "PrefixTree needs a parent and a length for each node",
+                got=f"{len(self.parents)} parents and {len(self.lengths)} lengths",
+                fix="pass as many of each; a root's parent is -1",
+            )
+        for length in self.lengths:
+            _check_count("PrefixTree lengths", length, 0)
+        for node, parent in enumerate(self.parents):
+            _check_count("PrefixTree parents", parent, -1, "pass the number of an earlier node, or -1 for a root")
+            if parent >= node:
+                raise InvalidValueError(
+                    "a node of a PrefixTree comes after its parent",
+                    got=f"parent {parent} of node {node}",
+                    fix="list nodes from the roots on, in the order of their tokens",
+                )
+
+    @cached_property
+    def _bands(self) -> Table:
+        return tree_bands(self.parents, self.lengths)
+
+    def bands(self, queries: Documents, keys: Documents) -> Table:
+        """A causal band for each run of nodes in which each follows its parent, and one to each run of nodes before.
+
+        Raises:
+            InvalidValueError: a document of another length.
+            UnsupportedError: two different streams.
+        """
+        which = self._checked(_own_documents(self, queries, keys)[1], queries)
+        return _laid_out([self._bands], [0] * len(which), queries.offsets[which])
+
+    def positions(self, documents: Documents) -> Table:
+        """Those of a node follow its parent's.
+
+        Raises:
+            InvalidValueError: a document of another length.
+        """
+        which = self._checked(_own_documents(self, documents, documents)[1], documents)
+        return _spread([tree_positions(self.parents, self.lengths)], [0] * len(which), which, documents)
+
+    def _checked(self, which: Table, documents: Documents) -> Table:
+        """Those of some documents that have real tokens, each of the tree's length."""
+        which = which[_have_real_tokens(documents)[which]]
+        total = sum(self.lengths)
+        starts = documents.offsets[which]
+        misfits = (documents.offsets[which + 1] - starts != total) & (documents.valid_ends[which] - starts != total)
+        if misfits.any():
+            i = int(which[misfits][0])
+            raise InvalidValueError(
+                f"PrefixTree lengths do not sum to the length of document {i}",
+                got=f"{total} for {int(documents.lengths[i])} tokens",
+                fix="give each document its own tree: PerDocument((PrefixTree(...), ...))",
+            )
+        return which
+
+    def alone(self) -> Mask:
+        """Itself."""
+        return self
+
+    @property
+    def is_causal(self) -> bool:
+        """Always true."""
+        return True
+
+
+def _have_real_tokens(documents: Documents) -> Flags:
+    """``[D]``: whether a document is more than padding."""
+    some: Flags = documents.valid_ends > documents.offsets[:-1]
+    return some
+
+
+def _laid_out(kinds: list[Table], which: list[int], starts: Table) -> Table:
+    """Bands of documents that begin at ``starts``, each of one of several kinds."""
+    parts = [kinds[kind] for kind in which]
+    moves = np.repeat(starts, [len(part) for part in parts])
+    return shifted(np.concatenate([table([], 6), *parts]), moves, moves)
+
+
+def _spread(kinds: list[Table], which: list[int], owners: Table, documents: Documents) -> Table:
+    """``[T]`` positions: those of a kind in each document of ``owners``, and elsewhere what follows from documents."""
+    positions = _within(documents)
+    if len(owners):
+        parts = [kinds[kind] for kind in which]
+        sizes = np.array([len(part) for part in parts], dtype=np.int64)
+        positions[expand(documents.offsets[owners], sizes)] = np.concatenate(parts)
+    return positions
+
+
+def _within(documents: Documents) -> Table:
+    """``[T]`` each token's place in its document."""
+    return np.arange(documents.num_tokens, dtype=np.int64) - np.repeat(documents.offsets[:-1], documents.lengths)
 
 
 @dataclass(frozen=True)
@@ -576,6 +735,22 @@ class PerDocument(_Remembering):
             owners.append(which[owner])
         return np.concatenate(parts)[np.argsort(np.concatenate(owners), kind="stable")]
 
+    def positions(self, documents: Documents) -> Table | None:
+        """Those of each document's mask.
+
+        Raises:
+            InvalidValueError: masks for other documents than these, or one that does not fit its document.
+        """
+        _check_number("PerDocument needs one mask per document", len(self.masks), documents)
+        positions = None
+        for mask, which in self._groups:
+            with _naming(which):
+                own = mask.alone().positions(documents.chosen(which))
+            if own is not None:
+                positions = _within(documents) if positions is None else positions
+                positions[expand(documents.offsets[which], documents.lengths[which])] = own
+        return positions
+
     def alone(self) -> Mask:
         """The one document's mask."""
         _check_number("PerDocument needs one mask per document", len(self.masks), _ONE_DOCUMENT)
@@ -618,6 +793,10 @@ class AcrossDocuments(Mask):
         whole = _as_one(queries)
         return self.mask.bands(whole, whole if queries is keys else _as_one(keys))
 
+    def positions(self, documents: Documents) -> Table | None:
+        """The mask's over one document of all tokens; where it has none, positions go on restarting per document."""
+        return self.mask.positions(_as_one(documents))
+
     def alone(self) -> Mask:
         """The mask inside: one document is all there is."""
         return self.mask.alone()
@@ -647,6 +826,14 @@ class _Alone(Mask):
             counts.append(len(parts[-1]))
         starts = (np.repeat(documents.offsets[:-1], counts) for documents in (queries, keys))
         return shifted(np.concatenate(parts), *starts)
+
+    def positions(self, documents: Documents) -> Table | None:
+        """The mask's of one document after the other."""
+        every = [self.mask.positions(documents.chosen(np.array([i]))) for i in range(documents.num_documents)]
+        if all(own is None for own in every):
+            return None
+        pieces = np.split(_within(documents), documents.offsets[1:-1])
+        return np.concatenate([piece if own is None else own for piece, own in zip(pieces, every, strict=True)])
 
     def alone(self) -> Mask:
         """Itself."""
@@ -857,6 +1044,7 @@ MASKS: tuple[type[Mask], ...] = (
     Chunked,
     PrefixWindow,
     SharedQuestion,
+    PrefixTree,
     PerDocument,
     AcrossDocuments,
     Bands,
