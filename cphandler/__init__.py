@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.tokens.masks import PrefixWindow as PrefixWindow
     from cphandler.tokens.masks import SharedQuestion as SharedQuestion
     from cphandler.tokens.masks import SlidingWindow as SlidingWindow
+    from cphandler.tokens.offsets import cu_seqlens_of as cu_seqlens_of
     from cphandler.tokens.packing import pack_documents as pack_documents
     from cphandler.tokens.packing import pack_lengths as pack_lengths
     from cphandler.tokens.packing import unpack_documents as unpack_documents
@@ -113,6 +114,7 @@ _MODULES: dict[str, str] = {
     "UnsupportedError": "errors",
     "available_cp_handlers": "handler.factory",
     "connect_zero_loss": "training.losses",
+    "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",
     "merge": "kernels:merge_attention",

@@ -176,10 +176,38 @@ class Documents:
             raise InvalidValueError(
                 "position_ids must restart at 0 where a document starts",
                 got=f"{int(rows.reshape(-1)[at])} at token {at}",
-                fix="pass ids that count up by one inside a document, or cu_seqlens",
+                fix="pass ids that count up by one inside a document, or cu_seqlens; where padding has ids of its own, "
+                "pass the mask or the segment ids to cu_seqlens_of",
             )
         offsets = np.append(starts, rows.size)
         return cls(offsets, _prefix_runs(offsets[:-1], np.diff(offsets)))
+
+    @classmethod
+    def from_segment_ids(cls, segment_ids: Tensor, *, name: str = "segment_ids") -> Documents:
+        """Documents from segment ids ``[T]``, ``[1, T]`` or ``[B, S]``: equal numbers side by side, 0 for padding.
+
+        A run of padding is a document without valid tokens. Rows of a ``[B, S]`` tensor are read one after the other,
+        each a document boundary.
+
+        Raises:
+            InvalidTypeError: not integers.
+            InvalidValueError: more than two dims, a number below 0, or one that comes again in its row after another.
+        """
+        rows = _rows_of_integers(segment_ids, name)
+        if rows.size and rows.min() < 0:
+            raise InvalidValueError(
+                f"{name} must not be below 0",
+                got=int(rows.min()),
+                fix="number documents from 1 on, and padding 0",
+            )
+        is_start = np.ones(rows.shape, dtype=bool)
+        is_start[:, 1:] = rows[:, 1:] != rows[:, :-1]
+        starts = np.flatnonzero(is_start)
+        numbers = rows.reshape(-1)[starts]
+        _refuse_twice(starts // max(1, rows.shape[1]), numbers, starts, name)
+        offsets = np.append(starts, rows.size)
+        runs = np.stack([offsets[:-1], offsets[1:]], axis=1)
+        return cls(offsets, runs[numbers != 0])
 
     @property
     def num_documents(self) -> int:
@@ -264,6 +292,21 @@ class Documents:
 def _prefix_runs(starts: Table, lengths: Table) -> Table:
     runs = np.stack([starts, starts + lengths], axis=1)
     return runs[lengths > 0]
+
+
+def _refuse_twice(rows: Table, numbers: Table, starts: Table, name: str) -> None:
+    """Refuse a segment that had ended in its row and begins anew; padding may come and go."""
+    real = np.flatnonzero(numbers)
+    order = real[np.lexsort((starts[real], numbers[real], rows[real]))]
+    again = (np.diff(rows[order]) == 0) & (np.diff(numbers[order]) == 0)
+    if again.any():
+        i = int(order[1:][again].min())
+        raise InvalidValueError(
+            f"a segment of {name} is one run of tokens",
+            got=f"{int(numbers[i])} again at token {int(starts[i])}, in row {int(rows[i])}",
+            fix="number each document of a row differently; holes in a document are for a dense handler's "
+            "key_padding_mask",
+        )
 
 
 def _is_plain(value: object) -> TypeGuard[Tensor]:
