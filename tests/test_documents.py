@@ -268,6 +268,23 @@ def test_chosen_documents(data: st.DataObject, stream: list[list[bool]]) -> None
             assert ends[i] == (start if not real else real[-1] + 1 if last else real[0])
 
 
+def test_rows_that_a_mask_tells_apart_are_documents() -> None:
+    offsets = dict.fromkeys(NAMES)
+    lengths = {"max_seqlen_q": 3, "max_seqlen_kv": None}
+    for rows in (None, 1):
+        assert dense_streams("sbhd", offsets, lengths, None, rows=rows)[0].padded_rows is None
+    queries, keys = dense_streams("sbhd", offsets, lengths, None, rows=2)
+    assert queries is keys
+    assert queries.padded_rows is not None
+    assert (queries.padded_rows.offsets.tolist(), queries.padded_rows.has_padding) == ([0, 3, 6], False)
+    queries, keys = dense_streams("sbhd", offsets, lengths | {"max_seqlen_kv": 5}, None, rows=2)
+    assert [side.padded_rows.lengths.tolist() for side in (queries, keys) if side.padded_rows] == [[3, 3], [5, 5]]
+    real = torch.tensor([[True, True, False]])
+    padded = dense_streams("sbhd", offsets, lengths, real, rows=2)[0].padded_rows
+    assert padded is not None
+    assert padded.num_documents == 1, "the padding mask says how many rows there are; the mask is refused"
+
+
 def test_dense_streams_without_tokens() -> None:
     offsets = dict.fromkeys(NAMES)
     queries, keys = dense_streams("sbhd", offsets, {"max_seqlen_q": 0, "max_seqlen_kv": None}, torch.ones(2, 0).bool())

@@ -474,6 +474,30 @@ def test_masks_of_ones_own_are_asked_about_one_document_at_a_time() -> None:
     assert visible_bands(Diagonal(), (documents, documents), (documents, documents)).shape == (3, 6)
 
 
+@pytest.mark.parametrize("value", [[(0, 1, 0, 1, 0, 0)], None, np.zeros((1, 5), dtype=np.int64), np.zeros((1, 6))])
+def test_masks_of_ones_own_give_bands(value: Any) -> None:
+    documents = Documents.dense(3)
+    mask = Diagonal()
+    object.__setattr__(mask, "bands", lambda *_: value)
+    with pytest.raises(
+        InvalidTypeError, match=r"Diagonal.bands must return an int64 array \[n, 6\]; got .*; one row per"
+    ):
+        visible_bands(mask, (documents, documents), None)
+
+
+def test_which_masks_are_for_a_number_of_documents() -> None:
+    assert [
+        mask.num_documents for mask in (Causal(), PrefixLM(3), SharedQuestion((2, 1)), AcrossDocuments(Full()))
+    ] == [None] * 4
+    for mask in (PrefixLM((3, 4)), SharedQuestion(((2, 1), ())), PerDocument((Full(), Causal()))):
+        assert mask.num_documents == 2
+        rows = documents_of([[True] * 5] * 3)
+        with pytest.raises(InvalidValueError, match=r"got 2 for 3 documents; .* rows of a dense batch are documents"):
+            visible_bands(mask, (Documents.dense(5),) * 2, (rows, rows))
+        with pytest.raises(InvalidValueError, match=r"got 2 for 1 documents"):
+            visible_bands(AcrossDocuments(mask), (Documents.dense(5),) * 2, (rows, rows))
+
+
 def test_a_mask_that_does_not_fit_names_the_documents_of_the_batch() -> None:
     documents = Documents.from_cu_seqlens([0, 6, 8, 12, 13])
     masks = (SharedQuestion((2, 3)), Causal(), SharedQuestion((2, 3)), SharedQuestion((2, 3)))

@@ -31,8 +31,8 @@ from cphandler import (
     SlidingWindow,
 )
 from cphandler.testing import visible_pairs
-from cphandler.tokens.masks import MASKS
-from tests.test_mask import Counts, cross_masks_for, documents_of, masks_for, seen_by
+from cphandler.tokens.masks import MASKS, visible_bands
+from tests.test_mask import Counts, cross_masks_for, documents_of, masks_for, plain_masks, seen_by, times_seen
 
 Tokens: TypeAlias = list[bool]
 
@@ -148,6 +148,36 @@ def test_masks_across_two_streams_are_what_their_docstrings_say(
     shape = documents_of(queries).num_tokens, documents_of(keys).num_tokens
     expected = as_counts(sees(queries, keys, mask), shape)
     assert (seen_by(mask, documents_of(queries), documents_of(keys)) == expected).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(0, 7), st.integers(0, 4))
+def test_rows_of_a_dense_batch_see_as_documents_do(data: st.DataObject, length: int, rows: int) -> None:
+    """With a mask for all of them, with a PerDocument of one, and with one of something for each."""
+    stream = data.draw(
+        st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows)
+    )
+    documents = documents_of(stream) if rows else Documents.from_cu_seqlens([0])
+    dense = Documents.dense(length)
+    own = [data.draw(plain_masks([length])) for _ in range(rows)]
+    prefixes = tuple(data.draw(st.integers(0, 9)) for _ in range(rows))
+    every: list[Mask] = [
+        PerDocument(tuple(own)),
+        AcrossDocuments(Causal()),
+        PrefixLM(prefixes),
+        Chunked(2, "first_valid"),
+    ]
+    every += [PerDocument((mask,)) for mask in own[:1]] + [AcrossDocuments(mask) for mask in own[:1]]
+    for mask in every:
+        one_each = mask.num_documents not in (None, 1)
+        seen = times_seen(visible_bands(mask, (dense, dense), (documents, documents)), rows * length, rows * length)
+        expected = np.zeros_like(seen)
+        for i, tokens in enumerate(stream):
+            block = slice(i * length, (i + 1) * length)
+            of_row = PrefixLM(prefixes[i]) if isinstance(mask, PrefixLM) else own[i]
+            alone = sees([tokens], [tokens], of_row if one_each else mask)
+            expected[block, block] = as_counts(alone, (length, length))
+        assert (seen == expected).all(), mask
 
 
 @pytest.mark.parametrize(

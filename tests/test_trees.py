@@ -22,6 +22,7 @@ from cphandler import (
     SharedQuestion,
 )
 from cphandler.tokens.intervals import UNBOUNDED
+from cphandler.tokens.masks import implied_positions
 from cphandler.tokens.trees import tree_bands, tree_positions
 from tests.test_mask import Diagonal, documents_of, seen_by, times_seen, trees_of
 
@@ -134,6 +135,26 @@ def test_positions_of_masks_that_hold_masks() -> None:
         InvalidValueError, match=r"sum to the length of document 1; .* of documents 1, 3 of a PerDocument"
     ):
         PerDocument((question, tree, Causal(), tree)).positions(documents)
+
+
+def test_positions_of_rows() -> None:
+    rows, dense = documents_of([[True] * 4, [False, True, True, True]]), Documents.dense(4)
+    question, tree = SharedQuestion((2, 1)), PrefixTree((-1, 0, 0), (2, 1, 1))
+    expected = {
+        question: [[0, 1, 2, 2]] * 2,
+        SharedQuestion(((2, 1), (1, 1))): [[0, 1, 2, 2], [0, 1, 1, 2]],
+        PerDocument((tree,)): [[0, 1, 2, 2]] * 2,
+        PerDocument((Causal(), tree)): [[0, 1, 2, 3], [0, 1, 2, 2]],
+        AcrossDocuments(question): [[0, 1, 2, 2]] * 2,
+    }
+    for mask, wanted in expected.items():
+        positions = implied_positions(mask, dense, rows)
+        assert positions is not None
+        assert positions.tolist() == wanted
+    alone = implied_positions(question, dense, None)
+    assert alone is not None
+    assert alone.tolist() == [0, 1, 2, 2]
+    assert implied_positions(Causal(), dense, rows) is None
 
 
 class Backwards(Mask):

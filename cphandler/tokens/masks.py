@@ -78,6 +78,14 @@ class Mask(ABC):
             UnsupportedError: two different streams, for a mask that has no meaning there.
         """
 
+    @property
+    def num_documents(self) -> int | None:
+        """How many documents this mask has numbers for, one after the other; None for a mask of any documents.
+
+        Of a dense batch they are its rows.
+        """
+        return None
+
     def positions(self, documents: Documents) -> Table | None:
         """``[T]`` position of each token that the mask implies, for rope; None where they follow from the documents.
 
@@ -235,7 +243,10 @@ def _check_mask(name: str, value: object) -> None:
         )
 
 
-_ONE_EACH = "give one per document; PerDocument((m,) * n) repeats one"
+_ONE_EACH = (
+    "give one per document; PerDocument((m,) * n) repeats one; rows of a dense batch are documents where its handler "
+    "has such a mask of one per row, or a key_padding_mask"
+)
 
 
 def _check_number(what: str, given: int, documents: Documents) -> None:
@@ -355,6 +366,11 @@ class PrefixLM(_Remembering):
         after = _bounded(np.stack([cut, stops, starts, stops], axis=1), -UNBOUNDED, 0)
         bands = np.concatenate([inside, after])
         return bands[bands[:, Q0] < bands[:, Q1]]
+
+    @property
+    def num_documents(self) -> int | None:
+        """The number of prefixes, unless one serves all."""
+        return len(self.prefix) if isinstance(self.prefix, tuple) else None
 
     def alone(self) -> Mask:
         """The one prefix for all."""
@@ -539,6 +555,11 @@ class SharedQuestion(_Remembering):
             kinds.append(known.setdefault((segments, length), len(known)))
         return [_question_and_answers(*key) for key in known], kinds
 
+    @property
+    def num_documents(self) -> int | None:
+        """The number of tuples, unless one serves all."""
+        return None if self._is_shared else len(self.segments)
+
     def alone(self) -> Mask:
         """The one document's segments for all."""
         if self._is_shared:
@@ -681,7 +702,7 @@ def _within(documents: Documents) -> Table:
 
 @dataclass(frozen=True)
 class PerDocument(_Remembering):
-    """Another mask for each document: some bidirectional, some causal, say.
+    """Another mask for each document, or each row of a dense batch: some bidirectional, some causal, say.
 
     Each mask is asked about its document alone, as if the batch held no other: what it takes per document it takes
     once, the rows of :class:`Bands` count from the document's start, and :class:`AcrossDocuments` changes nothing.
@@ -734,6 +755,11 @@ class PerDocument(_Remembering):
             parts.append(shifted(bands, moves[0][owner], moves[1][owner]))
             owners.append(which[owner])
         return np.concatenate(parts)[np.argsort(np.concatenate(owners), kind="stable")]
+
+    @property
+    def num_documents(self) -> int | None:
+        """The number of masks."""
+        return len(self.masks)
 
     def positions(self, documents: Documents) -> Table | None:
         """Those of each document's mask.
@@ -999,17 +1025,51 @@ def visible_bands(
 ) -> Table:
     """A mask's bands cut to real tokens.
 
-    With padded rows each is asked about on its own: where a diagonal lies may depend on its padding.
+    Rows that are documents are asked about one by one, unless the mask has another number, or another mask, for each:
+    where a diagonal or a chunk lies may depend on a row's padding.
 
     Args:
         mask: who sees whom.
         documents: of the query and of the key stream; the same object twice for self attention.
-        rows: for a dense batch with a key-padding mask, the rows of both streams laid end to end, each a document.
+        rows: for a dense batch whose rows are documents of their own, those of both streams laid end to end.
+
+    Raises:
+        InvalidTypeError: a mask of a caller's own that gives something else than bands.
+        InvalidValueError: a mask that does not fit the documents.
+        UnsupportedError: a mask that has no meaning across two streams.
     """
     if rows is not None:
-        documents, mask = rows, mask.alone()
+        documents, mask = rows, _row_by_row(mask)
     queries, keys = documents
-    return restrict(mask.bands(queries, keys), queries.runs, keys.runs)
+    bands = mask.bands(queries, keys)
+    if not (isinstance(bands, np.ndarray) and bands.dtype == np.int64 and bands.ndim == 2 and bands.shape[1] == 6):
+        got = f"{bands.dtype} {list(bands.shape)}" if isinstance(bands, np.ndarray) else type(bands).__name__
+        raise InvalidTypeError(
+            f"{type(mask).__name__}.bands must return an int64 array [n, 6]", got=got, fix=f"one row per band {_BAND}"
+        )
+    return restrict(bands, queries.runs, keys.runs)
+
+
+def implied_positions(mask: Mask, documents: Documents, rows: Documents | None) -> Table | None:
+    """The positions that a mask implies: ``[T]``, or ``[B, S]`` where rows are documents; None where they follow.
+
+    Args:
+        mask: who sees whom.
+        documents: of the stream; one of length S for a dense batch.
+        rows: for a dense batch whose rows are documents of their own, those rows laid end to end.
+
+    Raises:
+        InvalidValueError: a mask that does not fit the documents.
+    """
+    if rows is None:
+        return mask.positions(documents)
+    positions = _row_by_row(mask).positions(rows)
+    return None if positions is None else positions.reshape(rows.num_documents, documents.num_tokens)
+
+
+def _row_by_row(mask: Mask) -> Mask:
+    """A mask over rows that are documents: as it is where it has one of something for each, else about each alone."""
+    return mask.alone() if mask.num_documents in (None, 1) else mask
 
 
 def make_mask(mask: str | Mask) -> Mask:

@@ -19,7 +19,8 @@ class StreamMetadata(NamedTuple):
 
     Attributes:
         documents: the documents of one row of the batch; a dense batch has one, of length S.
-        padded_rows: for a dense batch with a key-padding mask, the documents of all its rows laid end to end.
+        padded_rows: for a dense batch whose rows differ, by a key-padding mask or by a mask for each, the documents of
+            all its rows laid end to end.
         max_seqlen: length of the longest physical document, or the upper bound that the caller named.
     """
 
@@ -105,6 +106,7 @@ def dense_streams(
     key_padding_mask: Tensor | None,
     *,
     cross: bool | None = None,
+    rows: int | None = None,
 ) -> tuple[StreamMetadata, StreamMetadata]:
     """The query and the key stream of a dense batch; the same object twice where both have one length.
 
@@ -114,6 +116,8 @@ def dense_streams(
         max_seqlens: ``max_seqlen_q``, required, and ``max_seqlen_kv``, None for self attention.
         key_padding_mask: ``[B, S]`` over the keys; over both sides in self attention.
         cross: whether keys are a stream of their own; None tells by the lengths.
+        rows: how many rows the mask has one of something for; above one they are documents of their own, as they are
+            under a key-padding mask. None, or one, for a mask that is the same for all.
 
     Raises:
         InvalidTypeError: a length that is no int, or a mask that is not bool or integer.
@@ -134,9 +138,9 @@ def dense_streams(
     lengths = {name: checked_count(name, value, fix=fix) for name, value in max_seqlens.items() if value is not None}
     queries = lengths["max_seqlen_q"]
     keys = lengths.get("max_seqlen_kv", queries)
-    padded = (
-        None if key_padding_mask is None else _padded_rows(key_padding_mask, keys, "kv" if keys != queries else "q")
-    )
+    padded = None if rows in (None, 1) else _real_rows(rows, keys)
+    if key_padding_mask is not None:
+        padded = _padded_rows(key_padding_mask, keys, "kv" if keys != queries else "q")
     _check_cross(cross, keys != queries)
     if keys == queries and not cross:
         stream = StreamMetadata(Documents.dense(queries), padded, queries)
