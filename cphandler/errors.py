@@ -10,6 +10,9 @@ class CPError(Exception):
         what: what is wrong, a full clause.
         got: the offending value, printed as it is.
         fix: what the caller can do about it.
+
+    Attributes:
+        fix: as given; None for an error that came from another process by its text.
     """
 
     def __init__(self, what: str, *, got: object = None, fix: str | None = None) -> None:
@@ -19,6 +22,7 @@ class CPError(Exception):
         if fix is not None:
             parts.append(fix)
         super().__init__("; ".join(parts))
+        self.fix = fix
 
 
 class InvalidValueError(CPError, ValueError):

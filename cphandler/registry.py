@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Iterator
 from importlib import import_module
+from importlib.util import find_spec
+from inspect import isabstract
 from typing import Generic, TypeVar
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError
@@ -42,10 +45,10 @@ class Registry(Generic[K, T]):
 
         Raises:
             InvalidTypeError: neither a path nor a class of this kind.
-            InvalidValueError: the key is taken by another target.
+            InvalidValueError: the key is taken by another target. A class that is defined anew is another one.
         """
         path = self._path(target, shown)
-        if self._targets.get(key, path) != path:
+        if key in self._targets and not self._is_same(key, target, path):
             raise InvalidValueError(
                 f"the {self._kind} {shown} is already registered", got=self._targets[key], fix="choose another name"
             )
@@ -61,39 +64,58 @@ class Registry(Generic[K, T]):
             shown: the key as errors print it.
 
         Raises:
-            MissingPackageError: a package that it needs is not there.
+            MissingPackageError: a package that it needs is not there, or too old for it.
             InvalidTypeError: what the path names is no class of this kind.
-            InvalidValueError: its module has nothing of that name.
+            InvalidValueError: its package has no such module, or its module nothing of that name.
         """
         if key not in self._loaded:
-            self._loaded[key] = self.imported(self._targets[key], shown)
+            self._loaded[key] = self._imported(self._targets[key], shown)
         return self._loaded[key]
 
-    def imported(self, path: str, shown: str) -> type[T]:
-        """The class that ``"module:Class"`` names; see :meth:`get`."""
+    def _imported(self, path: str, shown: str) -> type[T]:
         module, _, name = path.partition(":")
         try:
-            found = getattr(import_module(module), name)
+            found: object = import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part, None)
         except ImportError as error:
-            if not _is_missing(error, module):
+            told = self._explained(error, module, shown)
+            if told is None:
                 raise  # a fault in code that is there: its own message says more
-            raise MissingPackageError(
-                f"the {self._kind} {shown} cannot be imported",
-                got=f"{path}: {error}",
-                fix=f"install the package that holds {error.name or module!r}",
-            ) from error
-        except AttributeError as error:
+            raise told from error
+        if found is None:
             raise InvalidValueError(
                 f"the {self._kind} {shown} cannot be found", got=path, fix=f"{module!r} must define {name!r}"
-            ) from error
+            )
         return self._checked(found, path, shown)
+
+    def _is_same(self, key: K, target: str | type[T], path: str) -> bool:
+        if self._targets[key] != path:
+            return False
+        return not isinstance(target, type) or self._loaded.get(key, target) is target
+
+    def _explained(self, error: ImportError, module: str, shown: str) -> Exception | None:
+        """What is missing for a module to be imported; None where the module's own package is at fault."""
+        missing, what = error.name or "", f"the {self._kind} {shown} cannot be imported"
+        package = missing.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{missing}."):
+            if missing != package:
+                return InvalidValueError(
+                    what, got=f"{module!r}: {error}", fix=f"{package!r} is there and has no {missing!r}: mend the path"
+                )
+        elif package in ("", module.partition(".")[0]):
+            return None
+        way_out = f"install a version of {package!r} that has it, or mend the import"
+        if package not in sys.modules and find_spec(package) is None:
+            way_out = f"install the package that holds {package!r}"
+        return MissingPackageError(what, got=f"{module!r}: {error}", fix=way_out)
 
     def _path(self, target: str | type[T], shown: str) -> str:
         if isinstance(target, type):
             self._checked(target, target.__qualname__, shown)
             return f"{target.__module__}:{target.__qualname__}"
-        module, colon, name = target.partition(":") if isinstance(target, str) else ("", "", "")
-        if not (module and colon and name):
+        module, _, name = target.partition(":") if isinstance(target, str) else ("", "", "")
+        if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
             raise InvalidTypeError(
                 f"the {self._kind} {shown} must be a class or 'module:Class'",
                 got=repr(target),
@@ -107,12 +129,12 @@ class Registry(Generic[K, T]):
             raise InvalidTypeError(
                 f"the {self._kind} {shown} is not a {base.__name__}", got=path, fix=f"derive it from {base.__name__}"
             )
+        if isabstract(found):
+            left = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+            raise InvalidTypeError(f"the {self._kind} {shown} is abstract", got=path, fix=f"implement {left}")
         return found
 
 
-def _is_missing(error: ImportError, module: str) -> bool:
-    """Whether a package is missing or too old, rather than the module that is being imported at fault."""
-    missing = error.name or ""
-    if isinstance(error, ModuleNotFoundError) and (missing == module or module.startswith(f"{missing}.")):
-        return True  # the module itself is not there
-    return missing.partition(".")[0] != module.partition(".")[0]
+def normal(name: str) -> str:
+    """A name as registries spell it: any case will do, spaces around it, and ``-`` for ``_``."""
+    return name.strip().lower().replace("-", "_")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
@@ -14,13 +12,10 @@ from cphandler import (
     ContextParallelHandler,
     InvalidValueError,
     LayoutHandler,
-    MissingPackageError,
     available_cp_handlers,
     connect_zero_loss,
     get_cp_handler_cls,
-    register_cp_handler,
 )
-from cphandler.handler import factory
 
 
 class MyHandler(LayoutHandler):
@@ -50,40 +45,6 @@ def test_what_exists_is_listed() -> None:
     assert {("local", None), ("local", "a2a"), ("local", "ring"), ("local", "all_gather")} <= set(listed)
     with pytest.raises(InvalidValueError, match=r"or one of 'a2a', .*'usp' alone"):
         get_cp_handler_cls("transformer_engine", "p2p")
-
-
-@pytest.fixture
-def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "_HANDLERS", copy.deepcopy(factory._HANDLERS))
-
-
-@pytest.mark.usefixtures("clean_registry")
-def test_registration() -> None:
-    register_cp_handler("mine", None, MyHandler)
-    assert get_cp_handler_cls("MINE") is MyHandler
-    register_cp_handler("my-own", "special", "tests.test_factory:MyHandler")
-    assert get_cp_handler_cls("my_own", "Special") is MyHandler
-    assert ("my_own", "special") in available_cp_handlers()
-    register_cp_handler("mine", None, MyHandler)
-    with pytest.raises(InvalidValueError, match="already registered"):
-        register_cp_handler("local", "ring", MyHandler)
-    register_cp_handler("broken", None, "no_such_package.module:Handler")
-    with pytest.raises(MissingPackageError, match=r"install the package that holds 'no_such_package'"):
-        get_cp_handler_cls("broken")
-    register_cp_handler("wrong", None, "tests.test_factory:test_registration")
-    with pytest.raises(TypeError, match="is not a ContextParallelHandler"):
-        get_cp_handler_cls("wrong")
-
-
-@pytest.mark.usefixtures("clean_registry")
-def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    def announced(group: str) -> list[EntryPoint]:
-        assert group == "cphandler.backends"
-        return [EntryPoint("fast:p2p", "tests.test_factory:MyHandler", group)]
-
-    monkeypatch.setattr(factory, "entry_points", announced)
-    assert ("fast", "p2p") in available_cp_handlers()
-    assert get_cp_handler_cls("fast", "P2P") is MyHandler
 
 
 def test_a_backend_of_ones_own_has_everything_but_attention() -> None:

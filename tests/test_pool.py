@@ -47,6 +47,8 @@ def test_results_come_in_rank_order_and_the_pool_lives_on() -> None:
         assert pool.run(square, 7) == [(0, 49), (1, 49), (2, 49)], "restarted"
         with pytest.raises(RankError, match=r"rank 1 of 3 did not come back in time[\s\S]*stuck_on_one"):
             pool.run(stuck_on_one, timeout=1.0)
+        with pytest.raises(RankError, match=r"failed:[\s\S]*in raises_nothing[\s\S]*DID NOT RAISE ValueError"):
+            pool.run(raises_nothing)
         with pytest.raises(RankError, match="rank 0 of 3 died with exit code 7"):
             pool.run(die_on_zero)
         assert pool.run(square, 1) == [(0, 1), (1, 1), (2, 1)]
@@ -57,6 +59,11 @@ def test_results_come_in_rank_order_and_the_pool_lives_on() -> None:
         assert pool.run(square, 3) == [(0, 9), (1, 9), (2, 9)]
         processes = list(pool._processes)
     assert not any(process.is_alive() for process in processes)
+
+
+def raises_nothing() -> None:
+    with pytest.raises(ValueError, match="expected"):
+        dist.get_rank()
 
 
 def groups() -> tuple[int, int] | None:

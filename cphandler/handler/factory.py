@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.registry import Registry
+from cphandler.registry import Registry, normal
 
 ENTRY_POINTS = "cphandler.backends"
 """Entry-point group of third-party backends; a name is ``backend`` or ``backend:cp_comm_type``."""
@@ -42,20 +42,17 @@ _SHORT = {
 }
 """Comm types that may stand alone for the local backend with that comm type."""
 
-
-def _normal(name: str) -> str:
-    return name.strip().lower().replace("-", "_")
+_EXAMPLES = {"backend": "'local'", "cp_comm_type": "'ring', or a list with one for each layer"}
+"""What arguments look like, for errors."""
 
 
 def _key(backend: str, cp_comm_type: str | None) -> tuple[str, str | None]:
     """The table key for names as users write them."""
     for name, value in (("backend", backend), ("cp_comm_type", cp_comm_type)):
         if not isinstance(value, str) and not (name == "cp_comm_type" and value is None):
-            raise InvalidTypeError(
-                f"{name} must be a string", got=repr(value), fix="get_cp_handler_cls('local', 'ring'), say"
-            )
-    backend = _BACKEND_ALIASES.get(_normal(backend), _normal(backend))
-    comm = None if cp_comm_type is None else _normal(cp_comm_type)
+            raise InvalidTypeError(f"{name} must be a string", got=repr(value), fix=f"{_EXAMPLES[name]}, say")
+    backend = _BACKEND_ALIASES.get(normal(backend), normal(backend))
+    comm = None if cp_comm_type is None else normal(cp_comm_type)
     comm = _COMM_ALIASES.get(comm, comm) if comm is not None else None
     if comm is None and (backend, None) not in _HANDLERS and backend in _SHORT:
         return "local", _SHORT[backend]
@@ -71,10 +68,15 @@ def register_cp_handler(backend: str, cp_comm_type: str | None, target: str | ty
         target: the class, or ``"module:Class"``, imported when first asked for.
 
     Raises:
-        InvalidTypeError: a target that is neither a path nor a :class:`ContextParallelHandler` class.
-        InvalidValueError: the pair is taken by another target.
+        InvalidTypeError: a target that is neither a path nor a :class:`ContextParallelHandler` class that has all its
+            methods.
+        InvalidValueError: an empty name, or a pair that is taken by another target, be it one that an installed package
+            announces.
     """
     key = _key(backend, cp_comm_type)
+    if "" in key:
+        raise InvalidValueError("a backend's names must not be empty", got=_shown(key), fix="('mine', None), say")
+    _adopt_announced(key)
     _HANDLERS.register(key, target, _shown(key))
 
 
@@ -83,18 +85,35 @@ def _shown(key: tuple[str, str | None]) -> str:
     return f"({backend!r}, {comm!r})"
 
 
-def _discovered() -> dict[tuple[str, str | None], str]:
-    """Backends that installed packages announce."""
-    found = {}
+def _announced() -> dict[tuple[str, str | None], set[str]]:
+    """Where the backends are that installed packages announce."""
+    found: dict[tuple[str, str | None], set[str]] = {}
     for entry in entry_points(group=ENTRY_POINTS):
         backend, _, comm = entry.name.partition(":")
-        found[_key(backend, comm or None)] = entry.value
+        found.setdefault(_key(backend, comm or None), set()).add(entry.value)
     return found
+
+
+def _adopt_announced(key: tuple[str, str | None]) -> None:
+    """Register what an installed package announces under a name that nothing else has.
+
+    Raises:
+        InvalidValueError: several packages announce it.
+    """
+    paths = set() if key in _HANDLERS else _announced().get(key, set())
+    if len(paths) > 1:
+        raise InvalidValueError(
+            f"several installed packages announce the backend {_shown(key)}",
+            got=", ".join(sorted(paths)),
+            fix="uninstall all but one, or register a class under another name with register_cp_handler",
+        )
+    for path in paths:
+        _HANDLERS.register(key, path, _shown(key))
 
 
 def available_cp_handlers() -> list[tuple[str, str | None]]:
     """Every ``(backend, cp_comm_type)`` that can be asked for; whether its package is installed is known when it is."""
-    return sorted({*_discovered(), *_HANDLERS}, key=lambda key: (key[0], key[1] or ""))
+    return sorted({*_announced(), *_HANDLERS}, key=lambda key: (key[0], key[1] or ""))
 
 
 def get_cp_handler_cls(
@@ -115,7 +134,7 @@ def get_cp_handler_cls(
         InvalidValueError: an unknown pair; lists the known ones. A list of another length than ``num_layers``.
         MissingPackageError: the backend's package cannot be imported.
     """
-    if isinstance(cp_comm_type, Sequence) and not isinstance(cp_comm_type, str):
+    if isinstance(cp_comm_type, Sequence) and not isinstance(cp_comm_type, (str, bytes)):
         return _layered(backend, list(cp_comm_type), num_layers)
     if num_layers is not None:
         raise InvalidValueError(
@@ -124,11 +143,9 @@ def get_cp_handler_cls(
             fix="leave it out, or pass one comm type for each layer",
         )
     key = _key(backend, cp_comm_type)
+    _adopt_announced(key)
     if key in _HANDLERS:
         return _HANDLERS.get(key, _shown(key))
-    found = _discovered().get(key)
-    if found is not None:
-        return _HANDLERS.imported(found, _shown(key))
     raise InvalidValueError(
         "unknown backend or comm type",
         got=_shown((backend, cp_comm_type)),
@@ -138,6 +155,10 @@ def get_cp_handler_cls(
 
 def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> type[ContextParallelHandler]:
     """The class with one algorithm per layer."""
+    if num_layers is not None and (isinstance(num_layers, bool) or not isinstance(num_layers, int)):
+        raise InvalidTypeError("num_layers must be an int", got=repr(num_layers), fix="the model's number of layers")
+    for comm_type in comm_types:
+        _key(backend, comm_type)  # a list inside the list would be taken for layers inside a layer
     if not comm_types or (num_layers is not None and len(comm_types) != num_layers):
         raise InvalidValueError(
             "a list of comm types needs one for each layer",

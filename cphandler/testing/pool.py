@@ -187,7 +187,9 @@ def _reply(request: bytes) -> bytes:
     try:
         function, args = pickle.loads(request)
         return pickle.dumps((True, function(*args)))
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # pytest's "did not raise" is no Exception
         buffer = io.StringIO()
         traceback.print_exc(file=buffer)
         return pickle.dumps((False, buffer.getvalue()))
