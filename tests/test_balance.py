@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import time
 from itertools import accumulate
 
 import numpy as np
@@ -32,7 +33,9 @@ from cphandler import (
 from cphandler.layouts.balance import balanced
 from cphandler.layouts.layout import contiguous, zigzag
 from cphandler.layouts.placement import LayoutSpec, place
+from cphandler.layouts.pool import AREA, ROWS, Pool, Remainder
 from cphandler.layouts.workload import Workload
+from cphandler.plan.cost import rank_cost
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.metadata import StreamMetadata, dense_streams
 from tests.test_support import LENGTHS, masks_over
@@ -257,6 +260,54 @@ def test_keys_of_cross_attention_lie_beside_their_queries() -> None:
     assert received("balanced") < 0.7 * received("zigzag")
     own, theirs = place(("zigzag", "balanced"), streams[0], streams[1], Full(), 4)
     assert (own.name, theirs.name) == ("zigzag", "balanced")
+
+
+def test_time_grows_with_the_documents() -> None:
+    """CPU seconds, the best of three: eight times the documents take about eight times as long, and never 64 times."""
+    seconds = []
+    for count in (3_000, 24_000):
+        lengths = np.random.default_rng(5).integers(0, 50, count).tolist()
+        best = float("inf")
+        for _ in range(3):
+            started = time.process_time()
+            layout = placed(lengths, 8)
+            best = min(best, time.process_time() - started)
+        seconds.append(best)
+        documents = documents_of(lengths)
+        stats = rank_cost(Causal().bands(documents, documents), layout, layout)
+        assert stats.area.max() <= 1.01 * stats.area.mean()
+        assert stats.rows.sum() < 0.01 * sum(lengths), "all but a few documents are whole"
+    assert seconds[1] < 24 * seconds[0], seconds
+
+
+def searched(pool: Pool, field: int, least: int) -> list[int]:
+    return [i for i, remainder in enumerate(pool.remainders) if remainder[field] >= least]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.lists(st.integers(1, 60), min_size=1, max_size=20), st.booleans())
+def test_searches_of_the_pool(data: st.DataObject, lengths: list[int], by_last_row: bool) -> None:
+    """While remainders are taken, cut and put back, many or few, and of a copy, which is a pool of its own."""
+    pool = Pool(workload(lengths, Causal()), by_last_row)
+    other, before = pool.copy(), list(pool.remainders)
+    for _ in range(data.draw(st.integers(0, 12))):
+        field = data.draw(st.sampled_from([AREA, ROWS]))
+        least = data.draw(st.integers(0, 2000 if field == AREA else 70))
+        assert list(pool.search(field, least)) == searched(pool, field, least)
+        assert list(pool.search(field, least, backwards=True)) == searched(pool, field, least)[::-1]
+        if pool.remainders:
+            at = data.draw(st.integers(0, len(pool.remainders) - 1))
+            taken = pool.remainders[at:]
+            del pool.remainders[at:]
+            assert list(pool.search(field, least)) == searched(pool, field, least)
+            first = taken.pop()
+            middle = (first.start + first.stop) // 2
+            pool.cut(first, [(middle, middle + 1)])
+            pool.put_back(taken)
+        assert pool.remainders == sorted(pool.remainders)
+    assert other.remainders == before
+    pool.put_back([Remainder(float(i), 0, i, i + 1, 7, 1) for i in range(40)])
+    assert pool.remainders == sorted(pool.remainders)
 
 
 def test_made_ahead_of_time_without_torch_distributed() -> None:

@@ -23,7 +23,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from cphandler.layouts.layout import Layout, zigzag
-from cphandler.layouts.share import Piece, Pool, Share
+from cphandler.layouts.pool import Piece, Pool
+from cphandler.layouts.share import Share
 from cphandler.layouts.workload import Workload
 from cphandler.tokens.intervals import table
 
@@ -127,8 +128,10 @@ def balanced(workload: Workload, cp_size: int) -> Layout:
         ranks += [[] for _ in range(cp_size - 1)]
     else:
         rated: list[tuple[_Quality, Partition]] = []
-        pools = [Pool(workload.units, by_last_row) for by_last_row in (False, True)]
+        pools: dict[bool, Pool] = {}
         for policy in _POLICIES[: _tries(workload, cp_size)]:
+            if policy.by_last_row not in pools:
+                pools[policy.by_last_row] = Pool(workload, policy.by_last_row)
             ranks = _partition(workload, cp_size, policy, pools[policy.by_last_row].copy())
             rated.append((_quality(workload, ranks), ranks))
             if _worth(rated[-1][0]) < _GOOD:

@@ -7,15 +7,15 @@ rows that travel for it, and the price of the area that it misses its share by.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
+from cphandler.layouts.pool import AREA, ROWS, Piece, Pool, Remainder
 from cphandler.layouts.workload import Unit
 
-_LOOKS = frozenset({0, 1, 2, 4, 8, 16, 32})
+_LOOKS = (0, 1, 2, 4, 8, 16, 32)
 """After how many whole units a rank looks for a way to end."""
 
 _CUTS = 3
@@ -26,16 +26,6 @@ _CLOSE = 0.001
 
 _AHEAD = 8
 """Remainders considered at either end of the pool."""
-
-
-class Remainder(NamedTuple):
-    """Rows ``[start, stop)`` of a unit that no rank has yet; sorted by ``heaviness``."""
-
-    heaviness: float
-    unit: int
-    start: int
-    stop: int
-    area: int
 
 
 class _Finish(NamedTuple):
@@ -50,42 +40,6 @@ class _Finish(NamedTuple):
     taken: int
     lightest: int
     slices: tuple[tuple[int, int, int], ...]
-
-
-Piece: TypeAlias = tuple[int, int, int]
-"""Rows ``(unit, start, stop)``."""
-
-
-class Pool:
-    """Remainders, those of light rows first."""
-
-    def __init__(self, units: Sequence[Unit], by_last_row: bool) -> None:
-        self.units, self.by_last_row = units, by_last_row
-        self.remainders = sorted(self._remainder(i, 0, unit.length) for i, unit in enumerate(units))
-
-    def copy(self) -> Pool:
-        """The same remainders, to be taken anew."""
-        twin = copy(self)
-        twin.remainders = self.remainders.copy()
-        return twin
-
-    def _remainder(self, unit: int, start: int, stop: int) -> Remainder:
-        area = self.units[unit].area(start, stop)
-        heaviness = float(self.units[unit].row(stop - 1)) if self.by_last_row else area / (stop - start)
-        return Remainder(heaviness, unit, start, stop, area)
-
-    def put(self, unit: int, start: int, stop: int) -> None:
-        """Give rows back, none too."""
-        if start < stop:
-            insort(self.remainders, self._remainder(unit, start, stop))
-
-    def cut(self, whole: Remainder, slices: Sequence[tuple[int, int]]) -> None:
-        """Put back what slices leave of a remainder."""
-        at = whole.start
-        for start, stop in sorted(slices):
-            self.put(whole.unit, at, start)
-            at = stop
-        self.put(whole.unit, at, whole.stop)
 
 
 class Share:
@@ -108,7 +62,8 @@ class Share:
     def fill(self) -> list[Piece]:
         """Choose rows, and take them out of the pool."""
         finishes: list[_Finish] = []
-        self._add_up_lightest()
+        self.rows, self.areas = [0], [0]
+        self._add_up_lightest(0)
         while self.tokens:
             if len(self.taken) in _LOOKS:
                 finishes += self._ends_with_cut()
@@ -119,28 +74,54 @@ class Share:
                 if self.taken or not finishes:
                     finishes += self._trims()
                 break
-            self._take(fitting)
+            self._take_down_from(fitting)
         else:
             missed = abs(self.area)
             finishes.append(_Finish(self.price * missed, missed, len(self.taken), 0, ()))
         return self._applied(min(finishes)) if finishes else self._lightest_rows()
 
-    def _add_up_lightest(self) -> None:
-        """Rows and area of the lightest remainders, up to as many as fill the room."""
-        self.rows, self.areas = [0], [0]
-        for remainder in self.remainders:
-            self.rows.append(self.rows[-1] + remainder.stop - remainder.start)
-            self.areas.append(self.areas[-1] + remainder.area)
-            if self.rows[-1] >= self.tokens:
+    def _add_up_lightest(self, known: int) -> None:
+        """Rows and area of the lightest remainders, up to as many as fill the room; so many are as they were."""
+        del self.rows[known + 1 :], self.areas[known + 1 :]
+        rows, area = self.rows[-1], self.areas[-1]
+        for index in range(len(self.rows) - 1, len(self.remainders)):
+            if rows >= self.tokens:
                 break
+            remainder = self.remainders[index]
+            rows, area = rows + remainder.rows, area + remainder.area
+            self.rows.append(rows)
+            self.areas.append(area)
 
-    def _take(self, index: int) -> None:
-        remainder = self.remainders.pop(index)
-        self.taken.append(remainder)
-        self.tokens -= remainder.stop - remainder.start
-        self.area -= remainder.area
-        if index < len(self.rows):
-            self._add_up_lightest()
+    def _take_down_from(self, index: int) -> None:
+        """Take a remainder, and the lighter ones beside it while they fit, up to the next look.
+
+        What is taken stays in the pool until the run ends, so that the lightest are added up once for all of it.
+        """
+        most = next((count - len(self.taken) for count in _LOOKS if count > len(self.taken)), index + 1)
+        first, gone_rows, gone_area = index + 1, 0, 0
+        while first > 0 and index + 1 - first < most:
+            remainder = self.remainders[first - 1]
+            if gone_rows and not self._fits_beside(remainder, first, gone_rows, gone_area):
+                break
+            first -= 1
+            gone_rows, gone_area = gone_rows + remainder.rows, gone_area + remainder.area
+            self.tokens -= remainder.rows
+            self.area -= remainder.area
+        self.taken += reversed(self.remainders[first : index + 1])
+        del self.remainders[first : index + 1]
+        if first < len(self.rows):
+            self._add_up_lightest(first)
+
+    def _fits_beside(self, remainder: Remainder, first: int, gone_rows: int, gone_area: int) -> bool:
+        """:meth:`_fits` for the next of a run, where the remainders from ``first`` on are taken and still there."""
+        rows = self.tokens - remainder.rows
+        if rows < 0:
+            return False
+        if first < len(self.rows) and rows > self.rows[first]:
+            lightest = self._lightest(rows + gone_rows) - gone_area
+        else:
+            lightest = self._lightest(rows)
+        return remainder.area + lightest <= self.area
 
     def _lightest(self, rows: int) -> float:
         """Area of so many rows at the light end of the pool."""
@@ -168,7 +149,7 @@ class Share:
         return low - 1
 
     def _fits(self, remainder: Remainder, room: float) -> bool:
-        rows = self.tokens - remainder.stop + remainder.start
+        rows = self.tokens - remainder.rows
         return rows >= 0 and remainder.area + self._lightest(rows) <= room
 
     def _ends_with_cut(self) -> Iterator[_Finish]:
@@ -187,12 +168,11 @@ class Share:
         if not self.taken:
             return [len(self.remainders) - 1]
         lacking = self.area - self._lightest(self.tokens)
-        enough = (i for i, remainder in enumerate(self.remainders) if remainder.area >= lacking)
-        return list(islice(enough, _CUTS))
+        return list(islice(self.pool.search(AREA, lacking), _CUTS))
 
     def _cut_alone(self, index: int) -> _Finish | None:
         """The end and the beginning of one remainder, around as many of the lightest whole ones as there can be."""
-        _, which, start, stop, area = self.remainders[index]
+        _, which, start, stop, area, _ = self.remainders[index]
         unit = self.units[which]
 
         def end_is_enough(lightest: int) -> bool:
@@ -266,8 +246,8 @@ class Share:
 
     def _cut_two(self, index: int, other: int) -> _Finish | None:
         """The end of one remainder and the beginning of another, around as many of the lightest as there can be."""
-        _, which, start, stop, _ = self.remainders[index]
-        _, which_other, start_other, stop_other, _ = self.remainders[other]
+        _, which, start, stop, _, _ = self.remainders[index]
+        _, which_other, start_other, stop_other, _, _ = self.remainders[other]
         unit, unit_other = self.units[which], self.units[which_other]
         most = stop - start
 
@@ -306,7 +286,7 @@ class Share:
         if not self.remainders:
             return
         index = len(self.remainders) - 1
-        _, which, start, stop, _ = self.remainders[index]
+        _, which, start, stop, _, _ = self.remainders[index]
         unit = self.units[which]
 
         def beginning_is_enough(lightest: int) -> bool:
@@ -321,14 +301,14 @@ class Share:
 
     def _slice(self, index: int, lightest: int) -> _Finish:
         """The run of a remainder that has the area that lacks, or comes nearest to it."""
-        _, which, start, stop, _ = self.remainders[index]
+        _, which, start, stop, _, _ = self.remainders[index]
         unit, rows, lacking = self.units[which], self.tokens - self.rows[lightest], self.area - self.areas[lightest]
         last = _stop_of_run(unit, (start + rows, stop), rows, lacking)
         return self._sliced(index, lightest, last - rows, last)
 
     def _sliced(self, index: int, lightest: int, first: int, last: int) -> _Finish:
         """A given run of a remainder."""
-        _, which, start, stop, _ = self.remainders[index]
+        _, which, start, stop, _, _ = self.remainders[index]
         unit = self.units[which]
         missed = abs(unit.area(first, last) - self.area + self.areas[lightest])
         cost = (unit.boundary(first) if first > start else 0) + (unit.boundary(last) if last < stop else 0)
@@ -336,9 +316,12 @@ class Share:
 
     def _trims(self) -> Iterator[_Finish]:
         """Finishes with one run of rows, where no whole remainder fits any more."""
-        long = [i for i, remainder in enumerate(self.remainders) if remainder.stop - remainder.start >= self.tokens]
-        for index in long if len(long) <= _AHEAD else [*long[: _AHEAD // 2], *long[-_AHEAD // 2 :]]:
-            _, _, start, stop, _ = self.remainders[index]
+        long = list(islice(self.pool.search(ROWS, self.tokens), _AHEAD + 1))
+        if len(long) > _AHEAD:
+            last = list(islice(self.pool.search(ROWS, self.tokens, backwards=True), _AHEAD // 2))
+            long = [*long[: _AHEAD // 2], *reversed(last)]
+        for index in long:
+            _, _, start, stop, _, _ = self.remainders[index]
             yield self._sliced(index, 0, start, start + self.tokens)
             yield self._sliced(index, 0, stop - self.tokens, stop)
             yield self._slice(index, 0)
@@ -346,18 +329,26 @@ class Share:
     def _lightest_rows(self) -> list[Piece]:
         """The lightest beginnings, where nothing else has been found."""
         pieces = []
-        while self.tokens:
-            remainder = self.remainders.pop(min(range(len(self.remainders)), key=self._first_row))
+        order = sorted(range(len(self.remainders)), key=self._first_row)
+        chosen: list[int] = []
+        cut = (0, 0, 0)
+        for index in order:
+            if not self.tokens:
+                break
+            remainder = self.remainders[index]
             last = min(remainder.start + self.tokens, remainder.stop)
             pieces.append((remainder.unit, remainder.start, last))
-            self.pool.put(remainder.unit, last, remainder.stop)
+            chosen.append(index)
+            cut = remainder.unit, last, remainder.stop
             self.tokens -= last - remainder.start
+        gone = set(chosen)
+        self.remainders[:] = [each for i, each in enumerate(self.remainders) if i not in gone]
+        self.pool.put(*cut)
         return [*pieces, *((r.unit, r.start, r.stop) for r in self.taken)]
 
     def _applied(self, finish: _Finish) -> list[Piece]:
         """Give back what was taken too much, and take what the finish says."""
-        for remainder in self.taken[finish.taken :]:
-            insort(self.remainders, remainder)
+        self.pool.put_back(self.taken[finish.taken :])
         whole = [*self.taken[: finish.taken], *self.remainders[: finish.lightest]]
         pieces = [(remainder.unit, remainder.start, remainder.stop) for remainder in whole]
         cuts: dict[int, list[tuple[int, int]]] = {}

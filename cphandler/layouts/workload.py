@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -39,40 +40,83 @@ class Reach(NamedTuple):
     elsewhere: int
 
 
+class Reaches(NamedTuple):
+    """The :class:`Reach` of every unit under one mask, as columns."""
+
+    weight: int
+    before: list[int]
+    after: list[int]
+    elsewhere: list[int]
+
+    def of(self, unit: int) -> Reach:
+        """That of one unit."""
+        return Reach(self.weight, self.before[unit], self.after[unit], self.elsewhere[unit])
+
+
 class Unit:
     """A run of tokens that sees no other one.
 
+    A batch may have a hundred thousand of them: those of one segment hold no list, and how far all reach is said in
+    columns, so that the garbage collector has little to look at.
+
     Args:
+        number: which of the units it is.
         start: its first token.
         length: its tokens.
         segments: ``[n, 3]`` rows ``(first row, area, slope)``, ascending: row ``first + j`` of the unit has area
             ``area + slope * j``.
-        reaches: one per mask.
+        masks: how far the units reach, mask by mask.
 
     Attributes:
         is_linear: whether one segment describes all rows.
         first: area of the first row.
         slope: growth of the area from row to row in the first segment.
-        sees_far: whether late rows see the early ones, under every mask.
     """
 
-    def __init__(self, start: int, length: int, segments: Sequence[Sequence[int]], reaches: Sequence[Reach]) -> None:
-        self.start, self.length, self.reaches = start, length, tuple(reaches)
-        self._at = [segment[0] for segment in segments]
-        self._area = [segment[1] for segment in segments]
-        self._slope = [segment[2] for segment in segments]
-        self.is_linear, self.first, self.slope = len(self._at) == 1, self._area[0], self._slope[0]
-        self.sees_far = all(reach.before >= length - 1 for reach in self.reaches)
+    __slots__ = (
+        "_area",
+        "_at",
+        "_before",
+        "_masks",
+        "_slope",
+        "first",
+        "is_linear",
+        "length",
+        "number",
+        "slope",
+        "start",
+    )
+
+    def __init__(
+        self, number: int, start: int, length: int, segments: Sequence[Sequence[int]], masks: Sequence[Reaches]
+    ) -> None:
+        self.number, self.start, self.length, self._masks = number, start, length, masks
+        _, self.first, self.slope = segments[0]
+        self.is_linear = len(segments) == 1
+        if self.is_linear:
+            return
+        self._at, self._area, self._slope = zip(*segments, strict=True)
         self._before = [0]
-        for i in range(1, len(self._at)):
+        for i in range(1, len(segments)):
             rows = self._at[i] - self._at[i - 1]
             self._before.append(self._before[-1] + _sum(self._area[i - 1], self._slope[i - 1], rows))
 
+    @property
+    def reaches(self) -> list[Reach]:
+        """How far its rows see, under each mask."""
+        return [mask.of(self.number) for mask in self._masks]
+
+    @property
+    def sees_far(self) -> bool:
+        """Whether late rows see the early ones, under every mask."""
+        return all(reach.before >= self.length - 1 for reach in self.reaches)
+
     def upto(self, row: int) -> int:
         """Area of the rows before ``row``."""
-        i = 0 if len(self._at) == 1 else bisect_right(self._at, row) - 1
-        rows = row - self._at[i]
-        return self._before[i] + rows * self._area[i] + self._slope[i] * (rows * (rows - 1) // 2)
+        if self.is_linear:
+            return _sum(self.first, self.slope, row)
+        i = bisect_right(self._at, row) - 1
+        return self._before[i] + _sum(self._area[i], self._slope[i], row - self._at[i])
 
     def area(self, start: int, stop: int) -> int:
         """Area of rows ``[start, stop)``."""
@@ -127,9 +171,14 @@ class Workload:
     weight: int = 1
 
     @cached_property
+    def areas(self) -> list[int]:
+        """Area of each unit."""
+        return [unit.area(0, unit.length) for unit in self.units]
+
+    @cached_property
     def area(self) -> int:
         """Area of all rows."""
-        return sum(unit.upto(unit.length) for unit in self.units)
+        return sum(self.areas)
 
     @classmethod
     def of(
@@ -155,12 +204,12 @@ class Workload:
         reaches = [_reaches(table, weight, edges, crossing) for table, weight in masks]
         first = np.searchsorted(segments[:, 0], edges)
         relative = segments - np.repeat(edges[:-1], np.diff(first))[:, None] * np.array([1, 0, 0])
-        rows, cuts, starts = relative.tolist(), first.tolist(), edges.tolist()
-        units = tuple(
-            Unit(starts[i], starts[i + 1] - starts[i], rows[cuts[i] : cuts[i + 1]], [reach[i] for reach in reaches])
-            for i in range(len(starts) - 1)
-        )
-        return cls(num_tokens, units, sum(weight for _, weight in bands))
+        (at, area, slope), cuts, starts = relative.T.tolist(), first.tolist(), edges.tolist()
+        units = []
+        for i, (low, high) in enumerate(pairwise(cuts)):
+            rows = list(zip(at[low:high], area[low:high], slope[low:high], strict=True))
+            units.append(Unit(i, starts[i], starts[i + 1] - starts[i], rows, reaches))
+        return cls(num_tokens, tuple(units), sum(weight for _, weight in bands))
 
 
 def _units(num_tokens: int, tables: Sequence[Table], crossing: bool) -> Table:
@@ -231,7 +280,7 @@ def _summed(parts: Table, edges: Table) -> Table:
     return np.stack([at, total[:, 0] + total[:, 1] * at, total[:, 1]], axis=1)
 
 
-def _reaches(bands: Table, weight: int, edges: Table, crossing: bool) -> list[Reach]:
+def _reaches(bands: Table, weight: int, edges: Table, crossing: bool) -> Reaches:
     """Of each unit, how far its rows see under one mask."""
     unit = np.searchsorted(edges, bands[:, Q0], side="right") - 1
     columns = np.zeros((3, len(edges) - 1), dtype=np.int64)
@@ -242,4 +291,4 @@ def _reaches(bands: Table, weight: int, edges: Table, crossing: bool) -> list[Re
         after = np.minimum(bands[:, HI], bands[:, K1] - 1 - bands[:, Q0])
         np.maximum.at(columns[0], unit, before)
         np.maximum.at(columns[1], unit, after)
-    return [Reach(weight, *row) for row in columns.T.tolist()]
+    return Reaches(weight, *columns.tolist())
