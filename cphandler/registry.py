@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
-from inspect import isabstract
+from inspect import Parameter, isabstract, signature
 from typing import Generic, TypeVar
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError
@@ -22,10 +22,13 @@ class Registry(Generic[K, T]):
         kind: what is registered, for errors: ``"backend"``, ``"kernel"``, ``"exchange"``.
         base: the class that all of them derive from; a function, so that it need not be imported before.
         built_in: what is known from the start.
+        made_without: whether the classes are made without arguments.
     """
 
-    def __init__(self, kind: str, base: Callable[[], type[T]], built_in: dict[K, str]) -> None:
-        self._kind, self._base = kind, base
+    def __init__(
+        self, kind: str, base: Callable[[], type[T]], built_in: dict[K, str], *, made_without: bool = False
+    ) -> None:
+        self._kind, self._base, self._made_without = kind, base, made_without
         self._targets: dict[K, str] = dict(built_in)
         self._loaded: dict[K, type[T]] = {}
 
@@ -132,7 +135,18 @@ class Registry(Generic[K, T]):
         if isabstract(found):
             left = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
             raise InvalidTypeError(f"the {self._kind} {shown} is abstract", got=path, fix=f"implement {left}")
+        if self._made_without and _asks_for_arguments(found):
+            raise InvalidTypeError(
+                f"the {self._kind} {shown} is made without arguments",
+                got=f"{path}{signature(found)}",
+                fix="give its arguments defaults",
+            )
         return found
+
+
+def _asks_for_arguments(found: type) -> bool:
+    kinds = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return any(p.default is Parameter.empty and p.kind not in kinds for p in signature(found).parameters.values())
 
 
 def normal(name: str) -> str:

@@ -155,6 +155,28 @@ def test_classes_that_lack_a_method(kind: Kind) -> None:
         kind.find("later")
 
 
+@pytest.mark.parametrize("kind", [KINDS["exchange"], KINDS["kernel"]], ids=["exchange", "kernel"])
+def test_classes_that_ask_for_arguments(kind: Kind) -> None:
+    def asks(self: Any, speed: int) -> None:
+        del self, speed
+
+    asking = type("Asking", (kind.mine,), {"__init__": asks, "__module__": __name__})
+    with pytest.raises(
+        InvalidTypeError, match=r"is made without arguments; got .*speed.*; give its arguments defaults"
+    ):
+        kind.register("asking", asking)
+
+
+def test_an_exchange_that_needs_what_no_plan_holds() -> None:
+    with pytest.raises(InvalidValueError, match="choose one of tasks, hops, stages"):
+        type("Lost", (exchanges.RingExchange,), {"needs": "hop"})
+
+
+def test_names_in_any_spelling(kind: Kind) -> None:
+    kind.register(" My-Own ", kind.mine)
+    assert kind.find("my_own") is kind.find("MY-OWN") is kind.mine
+
+
 @pytest.mark.parametrize("name", [5, None, "", ["mine"], b"mine", True], ids=repr)
 def test_what_is_no_name(kind: Kind, name: Any) -> None:
     with pytest.raises(CPError) as caught:

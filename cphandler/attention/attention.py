@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first
 from cphandler.attention.capabilities import Capabilities
+from cphandler.attention.exchange import get_exchange
 from cphandler.attention.loop import AttentionResult, Indices, Scalars, attention, max_logit
 from cphandler.attention.options import AttentionOptions, OptionalArguments
 from cphandler.attention.plans import Plans
@@ -84,6 +85,8 @@ class Attention:
     def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
         self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
         self._plans: dict[bool, Plans] = {}
+        if exchange:
+            get_exchange(exchange)  # a name that is none is refused here, with one rank too
         self.check_batch()
         self.set_up()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from cphandler.comm import collectives
 from cphandler.errors import InvalidValueError
 from cphandler.plan.plan import FROM, Needs, Plan
-from cphandler.registry import Registry
+from cphandler.registry import Registry, normal
 from cphandler.tokens.intervals import Table, expand
 
 Rows: TypeAlias = tuple[Tensor, ...]
@@ -69,6 +69,15 @@ class Exchange(ABC):
 
     gathers: ClassVar[bool] = False
     """Whether every rank gets every row, so that they can be put in global order (see :class:`Route`)."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if cls.needs not in get_args(Needs):
+            raise InvalidValueError(
+                f"{cls.__name__}.needs is nothing that a plan can hold",
+                got=repr(cls.needs),
+                fix=f"choose one of {', '.join(get_args(Needs))}",
+            )
 
     @abstractmethod
     def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
@@ -470,6 +479,7 @@ _EXCHANGES: Registry[str, Exchange] = Registry(
         "p2p": f"{__name__}:DirectExchange",
         "all_gather": f"{__name__}:GatherExchange",
     },
+    made_without=True,
 )
 
 
@@ -479,6 +489,7 @@ def get_exchange(name: str) -> type[Exchange]:
     Raises:
         InvalidValueError: there is none.
     """
+    name = normal(name)
     if name not in _EXCHANGES:
         raise InvalidValueError(
             "unknown exchange", got=repr(name), fix=f"choose one of {', '.join(_EXCHANGES)}, or register_exchange it"
@@ -490,13 +501,13 @@ def register_exchange(name: str, target: str | type[Exchange]) -> None:
     """Make an exchange known by name, for :attr:`LayoutHandler.exchange` and :attr:`Attention.exchange`.
 
     Args:
-        name: its name.
+        name: its name; case and the choice of ``-`` or ``_`` do not matter.
         target: an :class:`Exchange` subclass that takes no arguments, or ``"module:Class"``, imported when first used.
 
     Raises:
         InvalidTypeError: a target that is neither.
         InvalidValueError: a name that is no text, or taken by another target.
     """
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name.strip():
         raise InvalidValueError("an exchange's name must be a non-empty string", got=repr(name), fix='"mine", say')
-    _EXCHANGES.register(name, target, repr(name))
+    _EXCHANGES.register(normal(name), target, repr(normal(name)))

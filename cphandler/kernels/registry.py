@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.kernels.kernel import Kernel
-from cphandler.registry import Registry
+from cphandler.registry import Registry, normal
 
 _KERNELS: Registry[tuple[str, str], Kernel] = Registry(
     "kernel",
@@ -19,6 +19,7 @@ _KERNELS: Registry[tuple[str, str], Kernel] = Registry(
         ("torch", "cuda"): "cphandler.kernels.torch_cuda:TorchCudaKernel",
         ("reference", "any"): "cphandler.kernels.reference:ReferenceKernel",
     },
+    made_without=True,
 )
 
 _PREFERENCES: dict[tuple[str, str], int] = {("torch", "cpu"): 20, ("torch", "cuda"): 20, ("reference", "any"): 0}
@@ -44,7 +45,7 @@ def register_kernel(name: str, device_type: str, target: str | type[Kernel], *, 
             raise InvalidValueError(f"a kernel's {what} must be a non-empty string", got=repr(text), fix='"mine", say')
     if isinstance(preference, bool) or not isinstance(preference, int):
         raise InvalidTypeError("preference must be an int", got=repr(preference), fix="30 goes before torch's kernels")
-    key = name.strip().lower(), device_type.strip().lower()
+    key = normal(name), normal(device_type)
     if key[0] == "auto":
         raise InvalidValueError("no kernel can be called auto", got=repr(name), fix="choose another name")
     _KERNELS.register(key, target, _shown(key))
@@ -71,7 +72,7 @@ def get_kernel(name: str, device_type: str) -> Kernel:
     Raises:
         InvalidValueError: there is none.
     """
-    for key in ((name.lower(), device_type), (name.lower(), "any")):
+    for key in ((normal(name), device_type), (normal(name), "any")):
         if key in _KERNELS:
             return _KERNELS.get(key, _shown(key))()
     raise InvalidValueError(
@@ -105,7 +106,7 @@ def select_kernel(
         InvalidValueError: no such kernel.
         UnsupportedError: the kernel asked for does not take these tensors or options, or is not deterministic.
     """
-    wanted = name.lower()
+    wanted = normal(name)
     options = {"deterministic": deterministic, "softcap": softcap, "dropout": dropout}
     if wanted == "auto":
         names = dict.fromkeys(key[0] for key in sorted(_on(q.device.type), key=lambda key: -_PREFERENCES[key]))
