@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from cphandler.comm.collectives import device_of, maximum, sub_group_name
 from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.tokens.counts import checked_count
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +30,9 @@ class GroupLike(Protocol):
 
 GroupSource: TypeAlias = "dist.ProcessGroup | DeviceMesh | GroupLike | None"
 """What ``cp_group=`` takes; a 2-D mesh is (outer, inner) and serves only ``a2a+p2p``."""
+
+
+_A_GROUP = 'pass torch.distributed.new_group(ranks), mesh["cp"], or None for one rank'
 
 
 @dataclass(frozen=True)
@@ -72,28 +76,65 @@ def resolve_group(cp_group: GroupSource, *, two_level: bool = False) -> CPGroup:
 
     Raises:
         InvalidTypeError: something else.
-        InvalidValueError: this process is not in the group, the group was destroyed, or a mesh of several dims.
+        InvalidValueError: this process is not in the group or the mesh, the group was destroyed, a mesh of several
+            dims, or a size and a rank that no group has.
     """
     if cp_group is None:
         return CPGroup(1, 0, "", None)
     source: Any = cp_group
     if hasattr(source, "get_group") and hasattr(source, "mesh_dim_names"):
-        if two_level and source.ndim == 2:
-            return replace(_resolve_process_group(_flat_group(source)), degree=source.size(1))
-        if source.ndim != 1:
-            raise InvalidValueError(
-                "this backend takes a 1-D device mesh",
-                got=f"{source.ndim} dims",
-                fix='pass mesh["cp"]; only a2a+p2p and a2a+ring take a 2-D (outer, inner) mesh',
-            )
-        source = source.get_group()
+        return _resolve_mesh(source, two_level=two_level)
     if isinstance(source, dist.ProcessGroup):
         return _resolve_process_group(source)
     if source is dist.GroupMember.NON_GROUP_MEMBER:
-        raise _not_a_member()
-    if isinstance(source, GroupLike):
-        return CPGroup(source.size(), source.rank(), "", source)
-    raise InvalidTypeError("cp_group must be a ProcessGroup, a DeviceMesh or None", got=type(cp_group).__name__)
+        raise InvalidValueError(
+            "this process is not in cp_group",
+            got="what new_group returns to those who are not",
+            fix="pass the group that contains this rank, and make no handler on a rank that has none",
+        )
+    if isinstance(source, GroupLike) and not isinstance(source, type):
+        return _resolve_group_like(source)
+    raise InvalidTypeError(
+        "cp_group must be a ProcessGroup, a DeviceMesh or None",
+        got=f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__,
+        fix=_A_GROUP,
+    )
+
+
+def _resolve_mesh(mesh: DeviceMesh, *, two_level: bool) -> CPGroup:
+    if mesh.ndim != 1 and not (two_level and mesh.ndim == 2):
+        dims = mesh.mesh_dim_names or ("cp",)
+        others = "a 2-D (outer, inner) mesh is taken too" if two_level else "only a2a+p2p and a2a+ring take a 2-D mesh"
+        raise InvalidValueError(
+            "this backend takes a 1-D device mesh",
+            got=f"{mesh.ndim} dims{''.join(f' {dim}' for dim in mesh.mesh_dim_names or ())}",
+            fix=f"pass mesh[{dims[-1]!r}], say; {others}",
+        )
+    if mesh.get_coordinate() is None:
+        raise _not_a_member(mesh.mesh.flatten().tolist())
+    if mesh.ndim == 2:
+        return replace(_resolve_process_group(_flat_group(mesh)), degree=mesh.size(1))
+    return _resolve_process_group(_group_of_dim(mesh, 0))
+
+
+def _group_of_dim(mesh: DeviceMesh, dim: int) -> dist.ProcessGroup:
+    try:
+        return mesh.get_group(dim)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _destroyed() from error
+
+
+def _resolve_group_like(group: GroupLike) -> CPGroup:
+    """What a group that can only say who it is says, checked."""
+    if not (callable(group.size) and callable(group.rank)):
+        raise InvalidTypeError(
+            "size and rank of a cp_group must be methods", got=f"{group.size!r} and {group.rank!r}", fix=_A_GROUP
+        )
+    size = checked_count("size() of cp_group", group.size(), least=1)
+    rank = checked_count("rank() of cp_group", group.rank())
+    if rank >= size:
+        raise InvalidValueError("rank() of cp_group must be below size()", got=f"{rank} of {size}", fix="count from 0")
+    return CPGroup(size, rank, "", group)
 
 
 def _resolve_process_group(group: dist.ProcessGroup) -> CPGroup:
@@ -101,14 +142,11 @@ def _resolve_process_group(group: dist.ProcessGroup) -> CPGroup:
         rank = dist.get_rank(group)
         size = dist.get_world_size(group)
         name = str(group.group_name)
-        dist.get_process_group_ranks(group)
+        members = dist.get_process_group_ranks(group)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise InvalidValueError(
-            "cp_group was destroyed, or belongs to another init_process_group",
-            fix="make the group again and pass the new one",
-        ) from error
+        raise _destroyed() from error
     if rank < 0:
-        raise _not_a_member()
+        raise _not_a_member(members)
     return CPGroup(size, rank, name, group)
 
 
@@ -118,7 +156,7 @@ _flat_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.Pr
 
 def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of a 2-D mesh, made once, by those ranks alone."""
-    made, ranks = _flat_groups.setdefault(mesh.get_group(0), {}), mesh.mesh.flatten().tolist()
+    made, ranks = _flat_groups.setdefault(_group_of_dim(mesh, 0), {}), mesh.mesh.flatten().tolist()
     if tuple(ranks) not in made:
         if ranks != sorted(ranks):
             raise InvalidValueError(
@@ -126,7 +164,7 @@ def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
                 got=ranks,
                 fix="let the last mesh dim be the inner one; groups number their ranks in ascending order",
             )
-        made[tuple(ranks)] = _group_of(ranks, [mesh.get_group(dim) for dim in (0, 1)])
+        made[tuple(ranks)] = _group_of(ranks, [_group_of_dim(mesh, dim) for dim in (0, 1)])
     return made[tuple(ranks)]
 
 
@@ -189,8 +227,16 @@ def two_levels(group: CPGroup, degree: int | None) -> TwoLevels:
     )
 
 
-def _not_a_member() -> InvalidValueError:
+def _destroyed() -> InvalidValueError:
+    return InvalidValueError(
+        "cp_group was destroyed, or belongs to another init_process_group",
+        fix="make the group again and pass the new one",
+    )
+
+
+def _not_a_member(ranks: list[int]) -> InvalidValueError:
     return InvalidValueError(
         "this process is not in cp_group",
-        fix="pass the group that contains this rank; new_group returns a usable one only to its members",
+        got=f"rank {dist.get_rank()}, and a group of {', '.join(map(str, ranks))}",
+        fix="pass the group or mesh that contains this rank; init_device_mesh over all ranks cuts them into such",
     )
