@@ -306,5 +306,4 @@ def _cleared(rolled: Tensor, dim: int, valid: Tensor, fill_value: float) -> Tens
     """Fill where the row, or the row it came from, is padding in that row of the batch."""
     keep = valid if dim == 1 else valid.T
     keep = keep.reshape(*keep.shape, *[1] * (rolled.dim() - 2))
-    fill = as_movable(filler(fill_value, rolled))
-    return restored(as_movable(rolled).masked_fill(~keep, fill), rolled.dtype)
+    return restored(as_movable(rolled).masked_fill(~keep, filler(fill_value, rolled)), rolled.dtype)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cphandler.comm import collectives
-from cphandler.errors import InvalidValueError
+from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.sharding.shard import Shard
 
 GradMode: TypeAlias = Literal["replicated", "sum", "scaled"]
@@ -19,10 +21,12 @@ _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def as_movable(x: Tensor) -> Tensor:
     """``x``, or where torch can store its dtype and hardly anything else (float8, uint16), its bits as integers."""
-    unusual = x.dtype.itemsize == 1 and x.dtype.is_floating_point
-    if unusual or x.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        return x.contiguous().view(_SAME_WIDTH[x.dtype.itemsize])
-    return x
+    return x.contiguous().view(_SAME_WIDTH[x.dtype.itemsize]) if _is_rare(x.dtype) else x
+
+
+def _is_rare(dtype: torch.dtype) -> bool:
+    small = dtype.itemsize == 1 and dtype.is_floating_point
+    return small or dtype in (torch.uint16, torch.uint32, torch.uint64)
 
 
 def restored(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -30,18 +34,53 @@ def restored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.view(dtype)
 
 
-def filler(value: float, like: Tensor) -> Tensor:
-    """``value`` as a 0-dim tensor of a dtype.
+def filler(value: object, like: Tensor) -> complex:
+    """What to fill ``as_movable(like)`` with so that rows hold ``value``: a number, so that nothing goes to a device.
+
+    Args:
+        value: a number of Python's or numpy's.
+        like: a tensor of the dtype that is to hold it; of a bool tensor, whether it is 0.
 
     Raises:
+        InvalidTypeError: not a number.
         InvalidValueError: the dtype cannot hold it.
     """
+    number = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(number, (bool, int, float, complex)):
+        raise InvalidTypeError(
+            "rows can be filled with a number only",
+            got=f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value),
+            fix="pass 0 or -100, say; a tensor's item() is a number",
+        )
     dtype = like.dtype
-    if not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
-        limits = torch.iinfo(dtype)
-        if not (float(value).is_integer() and limits.min <= value <= limits.max):
-            raise InvalidValueError(f"{value!r} does not fit the tensor's dtype", got=dtype)
-    return torch.tensor(value).to(device=like.device, dtype=dtype)
+    if not _holds(dtype, number):
+        raise InvalidValueError(
+            f"{value!r} does not fit the tensor's dtype", got=dtype, fix="pass a number that this dtype can hold"
+        )
+    if dtype == torch.bool:
+        return bool(number)
+    number = number if dtype.is_floating_point or dtype.is_complex else int(number.real)
+    return _rounded(number, dtype).view(_SAME_WIDTH[dtype.itemsize]).item() if _is_rare(dtype) else number
+
+
+def _holds(dtype: torch.dtype, number: complex) -> bool:
+    """Whether a dtype has this number, or one that it may be rounded to."""
+    if dtype.is_complex:
+        return _holds(dtype.to_real(), number.real) and _holds(dtype.to_real(), number.imag)
+    if isinstance(number, complex):
+        return False
+    finite = isinstance(number, int) or math.isfinite(number)
+    if dtype.is_floating_point and not finite:  # most of one byte have no infinity, some no NaN
+        return dtype.itemsize > 1 or str(_rounded(number, dtype).item()) == str(float(number))
+    if dtype.is_floating_point:
+        return abs(number) <= torch.finfo(dtype).max
+    whole = finite and number == int(number)
+    return dtype == torch.bool or (whole and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max)
+
+
+def _rounded(number: complex, dtype: torch.dtype) -> Tensor:
+    """A number in a dtype, on the host whatever the default device is."""
+    return torch.tensor(number, dtype=dtype, device="cpu")
 
 
 def dispatch_rows(x: Tensor, dim: int, shard: Shard, pad_value: float, group_name: str) -> Tensor:
@@ -79,15 +118,15 @@ def combine_rows(x: Tensor, dim: int, shard: Shard, grad: GradMode, group_name: 
     return result
 
 
-def _local_rows(x: Tensor, dim: int, shard: Shard, fill: Tensor) -> Tensor:
-    """This rank's rows of a global tensor, ``fill`` on pad rows."""
-    tokens = shard.tensor("tokens", x.device)
-    if x.shape[dim] == 0:
-        return x.new_empty([*x.shape[:dim], len(tokens), *x.shape[dim + 1 :]])
-    rows = restored(as_movable(x).index_select(dim, tokens.clamp(min=0)), x.dtype)
+def _local_rows(x: Tensor, dim: int, shard: Shard, fill: complex) -> Tensor:
+    """This rank's rows of a global tensor, pad rows filled with what :func:`filler` gave."""
+    tokens, bits = shard.tensor("tokens", x.device), as_movable(x)
+    if x.shape[dim] == 0:  # no token to select, and all rows are pad rows
+        return restored(bits.new_full((*x.shape[:dim], len(tokens), *x.shape[dim + 1 :]), fill), x.dtype)
+    rows = bits.index_select(dim, tokens.clamp(min=0))
     for start, count in shard.pad_runs:
-        rows.narrow(dim, start, count).copy_(fill)
-    return rows
+        rows.narrow(dim, start, count).fill_(fill)
+    return restored(rows, x.dtype)
 
 
 def _global_rows(x: Tensor, dim: int, shard: Shard, group_name: str) -> Tensor:
@@ -100,7 +139,7 @@ def _global_rows(x: Tensor, dim: int, shard: Shard, group_name: str) -> Tensor:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, shard: Shard, fill: Tensor, group_name: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, shard: Shard, fill: complex, group_name: str) -> Tensor:
         ctx.dim, ctx.shard, ctx.group_name = dim, shard, group_name
         return _local_rows(x, dim, shard, fill)
 
@@ -120,7 +159,7 @@ class _Combine(torch.autograd.Function):
         if ctx.grad == "sum":
             ranked = _ranked_rows(grad.movedim(ctx.dim, 0), ctx.shard)
             return collectives.reduce_scatter(ranked, ctx.group_name).movedim(0, ctx.dim), None, None, None, None
-        local = _local_rows(grad, ctx.dim, ctx.shard, grad.new_zeros(()))
+        local = _local_rows(grad, ctx.dim, ctx.shard, 0)
         return local * ctx.shard.layout.cp_size if ctx.grad == "scaled" else local, None, None, None, None
 
 
