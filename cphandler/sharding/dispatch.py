@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from cphandler.comm import collectives
-from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.sharding.shard import Shard
+
+DispatchGrad: TypeAlias = Literal["full", "partial"]
+"""What the gradient of a tensor that was cut will be; see :func:`dispatch_rows`."""
 
 GradMode: TypeAlias = Literal["replicated", "sum", "scaled"]
 """What the gradient of a combined tensor means; see :func:`combine_rows`."""
@@ -83,7 +86,9 @@ def _rounded(number: complex, dtype: torch.dtype) -> Tensor:
     return torch.tensor(number, dtype=dtype, device="cpu")
 
 
-def dispatch_rows(x: Tensor, dim: int, shard: Shard, pad_value: float, group_name: str) -> Tensor:
+def dispatch_rows(
+    x: Tensor, dim: int, shard: Shard, pad_value: float, group_name: str, grad: DispatchGrad = "full"
+) -> Tensor:
     """This rank's rows of a global tensor.
 
     Args:
@@ -91,17 +96,20 @@ def dispatch_rows(x: Tensor, dim: int, shard: Shard, pad_value: float, group_nam
         dim: dim of the sequence, not negative.
         shard: whose rows.
         pad_value: what pad rows hold.
-        group_name: the group; every rank gets the full gradient in the backward pass.
+        group_name: the group.
+        grad: what the backward pass gives: ``"full"``, every rank the gradients of all ranks' rows; ``"partial"``, each
+            rank those of its own rows and zeros elsewhere, so that the ranks' gradients sum to the whole; nothing is
+            sent then.
     """
     fill = filler(pad_value, x)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return _local_rows(x, dim, shard, fill)
-    result: Tensor = _Dispatch.apply(x, dim, shard, fill, group_name)  # type: ignore[no-untyped-call]
+    result: Tensor = _Dispatch.apply(x, dim, shard, fill, grad, group_name)  # type: ignore[no-untyped-call]
     return result
 
 
 def combine_rows(x: Tensor, dim: int, shard: Shard, grad: GradMode, group_name: str) -> Tensor:
-    """All ranks' rows in global order.
+    """All ranks' rows in global order, contiguous.
 
     Args:
         x: ``[..., L, ...]``.
@@ -134,21 +142,41 @@ def _global_rows(x: Tensor, dim: int, shard: Shard, group_name: str) -> Tensor:
     order = shard.order(x.device)
     gathered = collectives.all_gather(as_movable(x).movedim(dim, 0), group_name)
     ordered = gathered if order.identity else gathered.index_select(0, order.places)
-    return restored(ordered, x.dtype).movedim(0, dim)
+    return restored(ordered.movedim(0, dim).contiguous(), x.dtype)
+
+
+def _placed_rows(x: Tensor, dim: int, shard: Shard) -> Tensor:
+    """This rank's rows at their places in a global tensor of zeros."""
+    rows, tokens = (shard.tensor(name, x.device) for name in ("held_rows", "held_tokens"))
+    zeros = x.new_zeros((*x.shape[:dim], shard.layout.num_tokens, *x.shape[dim + 1 :]))
+    return zeros.index_copy(dim, tokens, x.index_select(dim, rows))
 
 
 class _Dispatch(torch.autograd.Function):
+    """A cut, and what undoes it: differentiable in turn, since the two are each other's derivative.
+
+    A global tensor that all ranks share has one gradient on all of them ("full", "replicated"), one that each rank
+    uses for its own part of the loss has a part of it on each ("partial", "sum"). Either way it stays what it was when
+    a gradient is differentiated again, so that derivatives of any order are those of one rank.
+    """
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, shard: Shard, fill: complex, group_name: str) -> Tensor:
-        ctx.dim, ctx.shard, ctx.group_name = dim, shard, group_name
+    def forward(
+        ctx: Any, x: Tensor, dim: int, shard: Shard, fill: complex, grad: DispatchGrad, group_name: str
+    ) -> Tensor:
+        ctx.dim, ctx.shard, ctx.grad, ctx.group_name = dim, shard, grad, group_name
         return _local_rows(x, dim, shard, fill)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _global_rows(grad, ctx.dim, ctx.shard, ctx.group_name), None, None, None, None
+        if ctx.grad == "partial":
+            return _placed_rows(grad, ctx.dim, ctx.shard), None, None, None, None, None
+        return combine_rows(grad, ctx.dim, ctx.shard, "replicated", ctx.group_name), None, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
+    """The ranks' rows put together; see :class:`_Dispatch`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, shard: Shard, grad: GradMode, group_name: str) -> Tensor:
         ctx.dim, ctx.shard, ctx.grad, ctx.group_name = dim, shard, grad, group_name
@@ -156,11 +184,35 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        dim, shard = ctx.dim, ctx.shard
         if ctx.grad == "sum":
-            ranked = _ranked_rows(grad.movedim(ctx.dim, 0), ctx.shard)
-            return collectives.reduce_scatter(ranked, ctx.group_name).movedim(0, ctx.dim), None, None, None, None
-        local = _local_rows(grad, ctx.dim, ctx.shard, 0)
-        return local * ctx.shard.layout.cp_size if ctx.grad == "scaled" else local, None, None, None, None
+            ranked = _ranked_rows(grad.movedim(dim, 0), shard)
+            local = collectives.reduce_scatter(ranked, ctx.group_name).movedim(0, dim)
+        elif ctx.grad == "scaled":
+            local = _differentiated_once(_local_rows(grad, dim, shard, 0) * shard.layout.cp_size)
+        else:
+            local = dispatch_rows(grad, dim, shard, 0, ctx.group_name)
+        return local, None, None, None, None
+
+
+def _differentiated_once(x: Tensor) -> Tensor:
+    result: Tensor = _Once.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is the ranks' number times too large for now, so that what follows from it is not defined."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        raise UnsupportedError(
+            "a gradient of combine(grad='scaled') cannot be differentiated again: it is scaled for a later average",
+            fix="use grad='replicated' or grad='sum', whose derivatives of any order are those of one rank",
+        )
 
 
 def _ranked_rows(x: Tensor, shard: Shard) -> Tensor:
