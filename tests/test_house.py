@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS: list[set[str]] = [
     {"errors", "config", "precision", "tracing"},
-    {"registry"},
+    {"registry", "tensors"},
     {"tokens"},
     {"layouts", "kernels", "comm"},
     {"plan", "sharding"},

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cphandler import get_cp_handler_cls
+from cphandler import Layout, get_cp_handler_cls
 from cphandler.testing import RankPool, assert_close
 from cphandler.testing.cases import Batch, Case, group_of, make_handler
-from cphandler.testing.laws import check_facts, check_gradients_of_movement, check_roll, check_rope, check_round_trip
+from cphandler.testing.laws import (
+    check_attention,
+    check_facts,
+    check_gradients_of_movement,
+    check_roll,
+    check_rope,
+    check_round_trip,
+)
 
 LAYOUTS = ("zigzag", "contiguous", "striped")
 PACKED = (
@@ -58,6 +66,65 @@ def test_movement(ranks: RankPool, layout: str, qkv_format: str, cp_size: int) -
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_movement_on_eight_ranks(eight_ranks: RankPool, layout: str, qkv_format: str) -> None:
     eight_ranks.run(run_each, cases(qkv_format, 8, layout))
+
+
+EMPTY = (Layout("rows", 0, [[], []], num_local_tokens=3), Layout("nothing", 0, [[], []]))
+LOPSIDED = (
+    Layout("one has all", 5, [[(0, 5, 1)], []], num_local_tokens=6),
+    Layout("the other has all", 5, [[], [(0, 5, 1, 2)]], num_local_tokens=8),
+)
+
+
+def no_tokens() -> None:
+    """Rows without tokens hold what they are told to, forward and backward, whatever memory held before."""
+    group, _ = group_of(Case(cp_size=2))
+    for layout in EMPTY:
+        rows = layout.num_local_tokens
+        handler = make_handler(Case("ring", 2, layout=layout, batch=Batch(())), group)
+        for dtype in (torch.float32, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint16):
+            for shape, dim in (((0, 2000), 0), ((40, 0, 50), 1), ((0, 0), 0)):
+                torch.full((40, rows, 50), float("nan"))  # what unwritten memory would show
+                local = handler.dispatch(torch.empty(shape, dtype=dtype), dim, pad_value=1)
+                expected = torch.ones(*shape[:dim], rows, *shape[dim + 1 :])
+                assert torch.equal(local.to(torch.complex64), expected.to(torch.complex64)), f"{dtype} {shape}"
+                whole = handler.combine(local, dim)
+                assert (whole.shape, whole.dtype) == (shape, dtype)
+                rolled, total = handler.roll_tensor(local, -1, dim, fill_value=1, return_sum=dtype == torch.int64)
+                assert torch.equal(rolled.to(torch.complex64), expected.to(torch.complex64)), f"{dtype} {shape}"
+                assert total is None or total == expected.sum()
+        for grad in ("replicated", "sum", "scaled"):
+            local = torch.ones(2, rows, 2000, requires_grad=True)
+            torch.full((2, rows, 2000), float("nan"))
+            handler.combine(local, 1, grad=grad).sum().backward()
+            assert torch.equal(local.grad, torch.zeros(2, rows, 2000)), grad
+
+
+def rows_of_nobody() -> None:
+    """All laws where there is nothing to hold, and where one rank holds nothing."""
+    for layouts, lengths in ((EMPTY, ()), (EMPTY, (0, 0)), (LOPSIDED, (5,)), (LOPSIDED, (2, 0, 3))):
+        run_each([Case("ring", 2, layout=layout, batch=Batch(lengths)) for layout in layouts])
+        for layout in layouts:
+            for backend in ("ring", "p2p", "all_gather", "ulysses"):
+                check_attention(Case(backend, 2, layout=layout, batch=Batch(lengths), sinks=True, max_logit=True))
+
+
+def dims_of_nothing() -> None:
+    """Other dims may have size 0, forward and backward."""
+    group, _ = group_of(Case(cp_size=2))
+    handler = make_handler(Case("ring", 2, batch=Batch((3, 2))), group)
+    for shape, dim in (((5, 0), 0), ((0, 5), 1), ((2, 5, 0), -2)):
+        x = torch.zeros(shape, requires_grad=True)
+        for grad in ("replicated", "sum", "scaled"):
+            rolled, _ = handler.roll_tensor(handler.dispatch(x, dim), -1, dim)
+            whole = handler.combine(rolled, dim, grad=grad)
+            assert whole.shape == shape
+            whole.sum().backward()
+            assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize("law", [no_tokens, rows_of_nobody, dims_of_nothing])
+def test_nothing_to_hold(ranks: RankPool, law: Callable[[], None]) -> None:
+    ranks.run(law)
 
 
 GOLDENS = [

@@ -22,6 +22,7 @@ from cphandler.kernels import get_kernel
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.shard import ShardPair, device_copy
+from cphandler.tensors import check_no_tangent
 from cphandler.tokens.masks import Mask
 from cphandler.tokens.metadata import StreamMetadata
 from cphandler.tracing import untraced
@@ -55,7 +56,7 @@ class Host(Protocol):
     def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
         """All ranks' rows in global order."""
 
-    def explain_length(self, got: int, expected: int, stream: str = "q") -> str:
+    def explain_length(self, got: int, expected: int, stream: str = "q", *, elsewhere: str = "") -> str:
         """What a wrong sequence length probably means."""
 
     def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
@@ -164,6 +165,7 @@ class Attention:
             )
             self._check_capabilities(call)
             self.check_call(call)
+            self._check_tangents(call)
             if call.module is None:
                 self.plans(call).plan(call.mask)
             return call
@@ -188,6 +190,13 @@ class Attention:
                 f"a callable attn_mod is not told of {', '.join(told)}",
                 fix="let the callable know by itself, or pass attn_mod=None or a CoreAttention",
             )
+
+    def _check_tangents(self, call: AttentionCall) -> None:
+        """Forward-mode differentiation ends at operators and collectives, where torch goes on without a tangent."""
+        if call.module is None or self.host.ranks.size > 1:
+            for x in (call.q, call.k, call.v, call.sinks):
+                if x is not None:
+                    check_no_tangent(x, "core_attn")
 
     def plans(self, call: AttentionCall) -> Plans:
         """The plans of a call's attention; made once per batch."""

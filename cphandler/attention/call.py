@@ -14,6 +14,7 @@ from cphandler.comm.consistency import kind_of
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.kernels import select_kernel
+from cphandler.tensors import check_plain, where_rows_are
 from cphandler.tokens.masks import Mask, make_mask
 
 
@@ -31,7 +32,7 @@ class TensorRules:
     qkv_format: str
     local_tokens: tuple[int, int]
     batch: int | None
-    explain: Callable[[int, int, str], str]
+    explain: Callable[..., str]
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raise what is wrong with the three tensors.
@@ -50,10 +51,11 @@ class TensorRules:
                 raise InvalidValueError(f"{name} must be {letters}", got=f"shape {list(x.shape)}")
             rows, stream = (self.local_tokens[0], "q") if name == "query" else (self.local_tokens[1], "kv")
             if x.shape[seq_dim] != rows:
+                elsewhere = where_rows_are(x.shape, seq_dim, rows)
                 raise InvalidValueError(
                     f"{name} must hold this rank's {rows} rows in dim {seq_dim}",
                     got=f"shape {list(x.shape)}",
-                    fix=self.explain(x.shape[seq_dim], rows, stream),
+                    fix=f"{self.explain(x.shape[seq_dim], rows, stream, elsewhere=elsewhere)}; {name} is {letters}",
                 )
         self._check_sizes(query, key, value)
 
@@ -62,6 +64,7 @@ class TensorRules:
         for name, x in named.items():
             if not isinstance(x, Tensor):
                 raise InvalidTypeError(f"{name} must be a tensor", got=type(x).__name__)
+            check_plain(x, name)
             if not x.is_floating_point():
                 raise InvalidTypeError(f"{name} must be floating point", got=x.dtype)
         for what in ("dtype", "device"):

@@ -15,7 +15,7 @@ from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
-from cphandler.sharding.dispatch import GradMode
+from cphandler.sharding.dispatch import DispatchGrad, GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
 from cphandler.sharding.shard import Fragments, ShardFacts
 from cphandler.tokens.documents import Documents, Offsets
@@ -280,21 +280,29 @@ class ContextParallelHandler(ABC):
         del call, error
 
     @abstractmethod
-    def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
+    def dispatch(
+        self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, grad: DispatchGrad = "full", stream: str = "q"
+    ) -> Tensor:
         """This rank's rows of a global tensor that is the same on every rank.
 
         Args:
             tensor: ``[..., S, ...]``, any dtype and strides.
             seq_dim: dim of the sequence; negative counts from the end.
             pad_value: what a pad row holds.
+            grad: what the backward pass gives. ``"full"``: every rank the whole gradient, so that what was computed
+                before the cut has complete gradients on every rank, not to be summed over the group. ``"partial"``:
+                each rank its own rows' part and zeros elsewhere, so that gradients before the cut sum over the group
+                like those after it; nothing is sent.
             stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
-            ``[..., L, ...]``; with one rank the argument itself. The backward pass gives every rank the full gradient.
+            ``[..., L, ...]``, contiguous; with one rank, and on the replicated layout, the argument itself, both ways.
 
         Raises:
-            InvalidTypeError: not a tensor first and an int second.
-            InvalidValueError: the dim does not exist or is not S long.
+            InvalidTypeError: not an ordinary tensor first and an int second, or a ``pad_value`` that is no number.
+            InvalidValueError: the dim does not exist or is not S long, an unknown ``grad``, or a ``pad_value`` that the
+                dtype cannot hold.
+            UnsupportedError: forward-mode differentiation.
         """
 
     @abstractmethod
@@ -310,11 +318,14 @@ class ContextParallelHandler(ABC):
             stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
-            ``[..., S, ...]`` on every rank; with one rank the argument itself.
+            ``[..., S, ...]`` on every rank, contiguous; with one rank, and on the replicated layout, the argument
+            itself, whatever its strides.
 
         Raises:
-            InvalidTypeError: not a tensor first and an int second.
+            InvalidTypeError: not an ordinary tensor first and an int second.
             InvalidValueError: the dim does not exist or is not L long, or an unknown ``grad``.
+            UnsupportedError: forward-mode differentiation; differentiating a gradient of ``"scaled"`` again. The
+                others may be differentiated as often as on one rank.
         """
 
     @abstractmethod
@@ -453,13 +464,14 @@ class ContextParallelHandler(ABC):
             )
         return self.shard(stream).position_ids.to(device)
 
-    def explain_length(self, got: int, expected: int, stream: str = "q") -> str:
+    def explain_length(self, got: int, expected: int, stream: str = "q", *, elsewhere: str = "") -> str:
         """What a wrong sequence length probably means: a local tensor or local metadata where global ones belong.
 
         Args:
             got: rows that were found.
             expected: rows that should be there, local or global.
             stream: which stream's.
+            elsewhere: where the tensor has the expected rows, in words; empty where it has them nowhere.
         """
         length, local = self._stream(stream).documents.num_tokens, self.shard(stream).num_local_tokens
         metadata = f"cu_seqlens_{stream}" if self.qkv_format == "thd" else f"max_seqlen_{stream}"
@@ -468,6 +480,8 @@ class ContextParallelHandler(ABC):
             return "this is the length of a rank's own rows: the tensor was already dispatched"
         if expected == local and got == length:
             return f"this is the global length: dispatch the tensor first; if it is this rank's part, {looks_local}"
+        if elsewhere:
+            return f"{elsewhere}: name the right dim, or bring the tensor's dims in order"
         if expected == length and self.cp_size > 1 and -(-got // self.cp_size) == length:
             return f"{looks_local}; it looks local"
         return f"{metadata} says that the sequence has {length} tokens, {local} on each rank; {looks_local}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -17,10 +17,19 @@ from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedErr
 from cphandler.handler.contract import ContextParallelHandler, FreqsMode, check_stream
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec, place
-from cphandler.sharding.dispatch import GradMode, as_movable, combine_rows, dispatch_rows, filler, restored
+from cphandler.sharding.dispatch import (
+    DispatchGrad,
+    GradMode,
+    as_movable,
+    combine_rows,
+    dispatch_rows,
+    filler,
+    restored,
+)
 from cphandler.sharding.roll import RollRoute, roll, roll_route
 from cphandler.sharding.rope import Freqs, rotate
 from cphandler.sharding.shard import Shard, ShardPair
+from cphandler.tensors import check_no_tangent, check_plain, where_rows_are
 from cphandler.tokens.masks import Mask
 from cphandler.tracing import keep_out_of_graphs, untraced
 
@@ -191,30 +200,37 @@ class LayoutHandler(ContextParallelHandler):
         return result
 
     @untraced
-    def dispatch(self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, stream: str = "q") -> Tensor:
+    def dispatch(
+        self, tensor: Tensor, seq_dim: int, *, pad_value: float = 0, grad: DispatchGrad = "full", stream: str = "q"
+    ) -> Tensor:
         """See :meth:`ContextParallelHandler.dispatch`."""
 
         def check() -> int:
+            _check_grad("dispatch", grad, get_args(DispatchGrad))
             dim = self._checked_dim("dispatch", tensor, seq_dim, stream, local=False)
             filler(pad_value, tensor)
             return dim
 
-        returns = (
-            self.sequence_sharded and isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
-        )
-        dim = self.agreed("dispatch", check, lambda dim: f"dim {dim} of {kind_of(tensor)}") if returns else check()
+        if self._gathers_gradient(tensor, grad):
+            dim = self.agreed("dispatch", check, lambda dim: f"dim {dim} of {kind_of(tensor)}")
+        else:
+            dim = check()
         if not self.sequence_sharded:
             return tensor
-        rows = dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name)
-        return self._consistency.watched(rows) if returns else rows
+        rows = dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name, grad)
+        return self._consistency.watched(rows) if self._gathers_gradient(tensor, grad) else rows
+
+    def _gathers_gradient(self, tensor: Any, grad: str) -> bool:
+        """Whether the backward pass of a cut will be an exchange."""
+        differentiable = isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
+        return self.sequence_sharded and differentiable and grad != "partial"
 
     @untraced
     def combine(self, tensor: Tensor, seq_dim: int, *, grad: GradMode = "replicated", stream: str = "q") -> Tensor:
         """See :meth:`ContextParallelHandler.combine`."""
 
         def check() -> int:
-            if grad not in ("replicated", "sum", "scaled"):
-                raise InvalidValueError("unknown grad", got=repr(grad), fix="choose replicated, sum or scaled")
+            _check_grad("combine", grad, get_args(GradMode))
             return self._checked_dim("combine", tensor, seq_dim, stream, local=True)
 
         if not self.sequence_sharded:
@@ -239,24 +255,40 @@ class LayoutHandler(ContextParallelHandler):
 
     def _checked_dim(self, method: str, tensor: Any, seq_dim: Any, stream: str, *, local: bool) -> int:
         check_stream(stream)
+        self._check_arguments(method, tensor, seq_dim)
         layout = self.shards[stream].layout
         rows = layout.num_local_tokens if local else layout.num_tokens
-        if not isinstance(tensor, Tensor) or isinstance(seq_dim, (bool, Tensor)) or not isinstance(seq_dim, int):
-            raise InvalidTypeError(
-                f"{method} takes the tensor first, then the sequence dim",
-                got=f"{type(tensor).__name__}, {type(seq_dim).__name__}",
-                fix=f"call {method}(tensor, seq_dim); Megatron's proposal has them the other way round",
-            )
         if not -tensor.dim() <= seq_dim < tensor.dim():
-            raise InvalidValueError(f"{method}: the tensor has no dim {seq_dim}", got=f"shape {list(tensor.shape)}")
-        dim = seq_dim % tensor.dim()
+            raise InvalidValueError(
+                f"{method}: the tensor has no dim {seq_dim}",
+                got=f"shape {list(tensor.shape)}",
+                fix=f"pass a tensor with {rows} rows, and their dim",
+            )
+        dim: int = seq_dim % tensor.dim()
         if tensor.shape[dim] != rows:
+            elsewhere = where_rows_are(tensor.shape, dim, rows)
             raise InvalidValueError(
                 f"{method} expects {rows} rows in dim {dim}",
                 got=f"shape {list(tensor.shape)}",
-                fix=self.explain_length(tensor.shape[dim], rows, stream),
+                fix=self.explain_length(tensor.shape[dim], rows, stream, elsewhere=elsewhere),
             )
         return dim
+
+    def _check_arguments(self, method: str, tensor: Any, seq_dim: Any) -> None:
+        """An ordinary tensor and an int, in this order; and where ranks exchange rows, no dual tensor."""
+        if not isinstance(tensor, Tensor) or isinstance(seq_dim, Tensor):
+            raise InvalidTypeError(
+                f"{method} takes the tensor first, then the sequence dim",
+                got=f"{type(tensor).__name__}, {type(seq_dim).__name__}",
+                fix=f"call {method}(tensor, seq_dim); Megatron's proposal has them the other way round"
+                if isinstance(seq_dim, Tensor)
+                else "make a tensor of it: torch.as_tensor(...)",
+            )
+        if isinstance(seq_dim, bool) or not isinstance(seq_dim, int):
+            raise InvalidTypeError(f"{method}: the sequence dim must be an int", got=repr(seq_dim), fix="pass 0, say")
+        check_plain(tensor, f"{method}: the tensor")
+        if self.sequence_sharded:
+            check_no_tangent(tensor, method)
 
     @untraced
     def roll_tensor(
@@ -275,9 +307,9 @@ class LayoutHandler(ContextParallelHandler):
 
         def check() -> int:
             if isinstance(shifts, bool) or not isinstance(shifts, int):
-                raise InvalidTypeError("shifts must be an int", got=repr(shifts))
-            filler(fill_value, tensor)
+                raise InvalidTypeError("shifts must be an int", got=repr(shifts), fix="pass -1 for the next token")
             dim = self._checked_dim("roll_tensor", tensor, dims, stream, local=True)
+            filler(fill_value, tensor)
             self._check_rows_of_batch(tensor, dim, stream)
             return dim
 
@@ -285,6 +317,8 @@ class LayoutHandler(ContextParallelHandler):
             return f"by {shifts} in dim {dim} of {kind_of(tensor)}"
 
         dim = self.agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
+        farthest = self.shards[stream].layout.num_tokens  # from there on nothing moves
+        shifts = max(-farthest, min(farthest, shifts))
         rolled = roll(tensor, dim, self._route(stream, shifts, tensor.device), fill_value, self.ranks.name)
         self._consistency.watched(rolled)
         if self.shards[stream].padded_rows is not None:
@@ -311,9 +345,18 @@ class LayoutHandler(ContextParallelHandler):
             )
 
 
+def _check_grad(method: str, grad: object, known: tuple[str, ...]) -> None:
+    if grad not in known:
+        others = {"dispatch": "combine", "combine": "dispatch"}
+        raise InvalidValueError(
+            f"{method} knows no such grad",
+            got=repr(grad),
+            fix=f"choose {', '.join(known[:-1])} or {known[-1]}; {others[method]} has others",
+        )
+
+
 def _cleared(rolled: Tensor, dim: int, valid: Tensor, fill_value: float) -> Tensor:
     """Fill where the row, or the row it came from, is padding in that row of the batch."""
     keep = valid if dim == 1 else valid.T
     keep = keep.reshape(*keep.shape, *[1] * (rolled.dim() - 2))
-    fill = as_movable(filler(fill_value, rolled))
-    return restored(as_movable(rolled).masked_fill(~keep, fill), rolled.dtype)
+    return restored(as_movable(rolled).masked_fill(~keep, filler(fill_value, rolled)), rolled.dtype)

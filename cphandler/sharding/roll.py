@@ -78,8 +78,8 @@ def _partner(shard: Shard, rows: Table, distance: int) -> tuple[Table, Table]:
 
 def roll(tensor: Tensor, dim: int, route: RollRoute, fill_value: float, group_name: str) -> Tensor:
     """Apply a route along ``dim``; rows nobody fills hold ``fill_value``. Differentiable, one batched exchange."""
-    bits, fill = as_movable(tensor), as_movable(filler(fill_value, tensor))
-    rolled = bits.new_empty(bits.shape).copy_(fill)
+    bits = as_movable(tensor)
+    rolled = bits.new_full(bits.shape, filler(fill_value, tensor))
     rolled = rolled.index_copy(dim, route.kept_targets, bits.index_select(dim, route.kept_sources))
     if len(route.send_counts) > 1:
         collectives.connect(group_name, tensor.device)

@@ -169,6 +169,16 @@ class Shard:
         return self.layout.positions(self.rank)
 
     @cached_property
+    def held_rows(self) -> Table:
+        """``[n]`` local rows that hold a token, ascending."""
+        return np.flatnonzero(self.tokens >= 0)
+
+    @cached_property
+    def held_tokens(self) -> Table:
+        """``[n]`` global tokens of those rows."""
+        return self.tokens[self.held_rows]
+
+    @cached_property
     def positions(self) -> Table:
         """``[L]`` position of each local row in its document; 0 for a pad row."""
         held = np.maximum(self.tokens, 0)
@@ -217,7 +227,7 @@ class Shard:
         return [(int(run[0]), len(run)) for run in np.split(pads, cuts) if len(run)]
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """One of this shard's index arrays (``tokens``, ``positions``, ``valid``) on a device, cached."""
+        """One of this shard's index arrays (``tokens``, ``held_rows``, ``valid``, ...) on a device, cached."""
         key = name, device
         if key not in self._tensors:
             self._tensors[key] = device_copy(getattr(self, name), device)
