@@ -5,22 +5,16 @@ from __future__ import annotations
 from cphandler.attention.attention import Attention
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.capabilities import COMMON, Capabilities
-from cphandler.attention.head_parallel import HeadParallel, check_heads
+from cphandler.attention.head_parallel import HeadParallel
 from cphandler.attention.loop import AttentionResult
 from cphandler.handler.layout_handler import LayoutHandler
 from cphandler.layouts.layout import LAYOUTS
-
-WAY_OUT = "use cp_size {sizes}, or the ring backend, which takes any number of heads"
 
 
 class UlyssesAttention(Attention):
     """Heads for tokens, attention over whole documents, and tokens for heads."""
 
     whole = True
-
-    def check_call(self, call: AttentionCall) -> None:
-        """Refuse heads that do not divide."""
-        check_heads(call, self.host.ranks.size, "Ulysses", WAY_OUT)
 
     def compute(self, call: AttentionCall) -> AttentionResult:
         """See :meth:`Attention.compute`."""
@@ -33,9 +27,9 @@ class UlyssesAttention(Attention):
 class UlyssesHandler(LayoutHandler):
     """Each rank computes some heads over all tokens; takes callables.
 
-    Serves every number of query heads that the ranks divide, whatever the key heads: each key head that a rank's
-    queries use travels to it once. The forward result has the same bits as on one rank. On the replicated layout
-    nothing but heads is split: results and gradients are complete on every rank.
+    Serves any number of query heads, whatever the key heads: shares differ by at most one head, and each key head that
+    a rank's queries use travels to it once. The forward result has the same bits as on one rank. On the replicated
+    layout nothing but heads is split: results and gradients are complete on every rank.
     """
 
     comm_type = "a2a"

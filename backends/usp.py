@@ -5,13 +5,11 @@ from __future__ import annotations
 from cphandler.attention.attention import Attention
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.capabilities import COMMON, Capabilities
-from cphandler.attention.head_parallel import InnerUnions, check_heads
+from cphandler.attention.head_parallel import InnerUnions
 from cphandler.attention.loop import AttentionResult
 from cphandler.attention.plans import Plans
 from cphandler.comm.groups import two_levels
 from cphandler.handler.layout_handler import LayoutHandler
-
-WAY_OUT = "use an inner group (CPConfig.ulysses_degree, or the mesh's inner dim) of {sizes} ranks"
 
 
 class USPAttention(Attention):
@@ -23,10 +21,6 @@ class USPAttention(Attention):
         self.capabilities.require_stride_one(self.name, shards.queries.layout, shards.keys.layout)
         self._levels = two_levels(host.ranks, host.config.ulysses_degree)
         self._unions = InnerUnions(shards, self._levels)
-
-    def check_call(self, call: AttentionCall) -> None:
-        """Refuse heads that do not divide."""
-        check_heads(call, self._levels.inner.size, "the inner group", WAY_OUT)
 
     def make_plans(self, ordered: bool) -> Plans:
         """The exchange runs between the unions of inner shards."""

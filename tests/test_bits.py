@@ -59,6 +59,14 @@ def test_ulysses_forward_has_the_bits_of_one_rank(ranks: RankPool, heads: tuple[
                 ranks.run(ulysses_bits, case)
 
 
+@pytest.mark.parametrize("heads", [(30, 30), (30, 6), (6, 2), (5, 1), (2, 2), (1, 1)], ids=str)
+def test_uneven_shares_of_heads_have_the_bits_of_one_rank(ranks: RankPool, heads: tuple[int, int]) -> None:
+    for cp_size, layout, qkv_format in ((4, "contiguous", "thd"), (3, "zigzag", "sbhd"), (4, "replicated", "bshd")):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = Case("ulysses", cp_size, qkv_format, layout, Causal(), LENGTHS, heads, 16, dtype)
+            ranks.run(ulysses_bits, case)
+
+
 def precision(case: Case) -> float:
     """Relative L2 error of output and gradients together, in bfloat16, against float64."""
     group, seed = group_of(case)

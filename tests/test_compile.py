@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cphandler import SlidingWindow
+from cphandler.sharding.heads import HeadSplit
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch, Case, group_of, make_handler
 from tests.test_options import BACKENDS, LENGTHS, bits, local_tensors
@@ -90,12 +91,13 @@ def test_autocast_changes_nothing(ranks: RankPool) -> None:
 class Compiled(torch.nn.Module):
     """Asks a handler everything that a model may ask."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: tuple[int, int]) -> None:
         super().__init__()
-        self.qkv = torch.nn.Linear(32, 96)
+        self.heads = [heads[0], heads[1], heads[1]]
+        self.qkv = torch.nn.Linear(32, 8 * sum(self.heads))
 
     def forward(self, x: Tensor, handler: Any) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, 8)).split([4, 4, 4], -2)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 8)).split(self.heads, -2)
         freqs = handler.get_emb_on_this_cp_rank(torch.ones(handler.get_rotary_seq_len(), 8))
         out = handler.core_attn(None, handler.rope(q, freqs), k, v)
         rolled, _ = handler.roll_tensor(x, -1, 0)
@@ -107,7 +109,7 @@ def compiled_models() -> None:
     """A compiled model takes handler after handler, each made for another batch and never run before."""
     group, _ = group_of(Case(cp_size=4))
     torch.manual_seed(0)
-    model = Compiled()
+    model = Compiled(heads=(3, 1))  # under Ulysses a rank without heads, and a group of query heads that is cut
     compiled = torch.compile(model, backend="aot_eager")
     for backend in ("p2p", "ulysses"):
         for lengths in ((5, 7), (12,), (3, 9)):
@@ -121,3 +123,28 @@ def compiled_models() -> None:
 
 def test_a_compiled_model_over_fresh_handlers(ranks: RankPool) -> None:
     ranks.run(compiled_models)
+
+
+def shapes_without_data(heads: tuple[int, int]) -> None:
+    """What a compiler is told of the operators' results, shapes, strides and dtypes, is what they give."""
+    group, _ = group_of(Case(cp_size=4))
+    split = HeadSplit.of(*heads, 4)
+    for layout, tokens in (("contiguous", 16), ("zigzag", 14)):  # rows in place, and rows that are put in order
+        handler = make_handler(Case("ulysses", 4, layout=layout, batch=Batch((5, tokens - 5))), group)
+        order = handler.shard().order(torch.device("cpu"))  # type: ignore[attr-defined]
+        indices = order.places, order.tokens, order.identity
+        name, rank = group.group_name, handler.cp_rank
+        mine = [split.queries[rank], split.keys[rank]]
+        local = [torch.randn(2, handler.num_local_tokens, n, d) for n, d in zip(heads, (8, 5), strict=True)]
+        share = [torch.randn(2, tokens, stop - first, d) for (first, stop), d in zip(mine, (8, 5), strict=True)]
+        flat = [bound for bounds in (split.queries, split.keys) for pair in bounds for bound in pair]
+        operators, check = torch.ops.cphandler, torch.library.opcheck
+        check(operators.gather_seq_scatter_heads, (local, flat, *indices, name), test_utils="test_faketensor")
+        check(operators.gather_heads_scatter_seq, (share, flat, *indices, name), test_utils="test_faketensor")
+        check(operators.slice_heads, (local, flat, rank, name), test_utils="test_faketensor")
+        check(operators.unslice_heads, (share, flat, name), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2), (2, 1)], ids=str)
+def test_operators_say_what_shapes_they_give(ranks: RankPool, heads: tuple[int, int]) -> None:
+    ranks.run(shapes_without_data, heads)

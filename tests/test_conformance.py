@@ -222,11 +222,9 @@ def test_the_options_make_a_subject(tmp_path: Path) -> None:
     config = [("kernel", "reference"), ("deterministic", "true")]
     subject = subject_of(options_of(tmp_path, cp_backend="found_by_its_folder:Mine", cp_config=config, cp_heads=(8, 4)))
     assert subject.handler_cls is get_cp_handler_cls("ring")
-    assert (subject.sizes, subject.heads_for(3)) == ((1, 2, 3, 4), (8, 4))
+    assert (subject.sizes, subject.heads, subject.case(3).heads) == ((1, 2, 3, 4), (8, 4), (8, 4))
     assert dict(subject.config) == {"kernel": "reference", "deterministic": True}
-    assert [Subject("ring", subject.handler_cls).heads_for(size) for size in (1, 2, 3, 4, 8)] == [
-        (4, 2), (4, 2), (6, 2), (4, 2), (16, 2),
-    ]  # fmt: skip
+    assert Subject("ring", subject.handler_cls).case(3).heads == (4, 2)
     sys.path.remove(str(tmp_path))
 
 

@@ -28,6 +28,7 @@ from cphandler import (
 )
 from cphandler.testing import RankPool, assert_close, dense_attention, dense_gradients, dense_max_logit
 from cphandler.testing.cases import Batch, Case, draw, group_of, make_handler, visible
+from cphandler.testing.laws import OwnAttention
 
 BACKENDS = ["ring", "p2p", "all_gather", "ulysses", "usp"]
 LENGTHS = Batch((70, 33, 2, 19))
@@ -122,6 +123,51 @@ def module_case(case: Case) -> None:
 def test_a_callers_own_attention(ranks: RankPool, backend: str, cp_size: int, qkv_format: str) -> None:
     for batch in (Batch((13, 3, 6)), Batch((7, 0, 9), padded=(8, 4, 16))) if qkv_format == "thd" else (Batch((11,)),):
         ranks.run(module_case, Case(backend, cp_size, qkv_format, batch=batch))
+
+
+class LearnedAttention(torch.nn.Module):
+    """A caller's own attention that has a parameter and talks to the other ranks."""
+
+    def __init__(self, qkv_format: str, group: Any) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.full((), 0.8, dtype=torch.float64))
+        self.attention, self.group, self.calls = OwnAttention(qkv_format), group, 0
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **told: Any) -> Tensor:
+        self.calls += 1
+        everyone = torch.ones(())
+        if self.group is not None:
+            dist.all_reduce(everyone, group=self.group)
+        normed = [torch.nn.functional.normalize(x, dim=-1) for x in (q, k)]
+        return self.attention(normed[0] * self.factor, normed[1], v, **told) * everyone
+
+
+def learned_module(case: Case) -> None:
+    """Ranks without heads call it too, so that its messages and its gradients are alike on every rank."""
+    group, seed = group_of(case)
+    handler, alone = make_handler(case, group), make_handler(replace(case, cp_size=1, layout=None), None)
+    module, whole = (LearnedAttention(case.qkv_format, part) for part in (group, None))
+    q, k, v, grad = local_tensors(case, seed, handler)
+    handler.core_attn(module, q, k, v).backward(grad)
+    data = draw(case, seed)
+    leaves = [x.requires_grad_() for x in data[:3]]
+    (alone.core_attn(whole, *leaves) * case.cp_size).backward(data.grad_out)
+    assert module.calls == 1
+    assert module.factor.grad is not None, "a rank without heads must give its parameters a gradient"
+    assert whole.factor.grad is not None
+    total = module.factor.grad.clone()
+    dist.all_reduce(total, group=group)
+    assert_close(total, whole.factor.grad, what="gradient of the module's parameter")
+    for a, e in zip((q, k, v), leaves, strict=True):
+        assert a.grad is not None
+        assert e.grad is not None
+        assert_close(a.grad, handler.dispatch(e.grad, handler.seq_dim), what="gradients through the module")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "replicated"])
+@pytest.mark.parametrize("heads", [(6, 2), (2, 1)], ids=str)
+def test_a_module_of_ones_own_where_heads_do_not_divide(ranks: RankPool, heads: tuple[int, int], layout: str) -> None:
+    ranks.run(learned_module, Case("ulysses", 4, "sbhd", layout, batch=Batch((11,)), heads=heads))
 
 
 def test_core_attention_carries_the_scale() -> None:

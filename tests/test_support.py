@@ -32,7 +32,7 @@ from cphandler.cli.app import app
 from cphandler.cli.support import MASKS, as_markdown, built_in
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing import RankPool, partition_group
-from cphandler.testing.cases import Batch, Case, group_of, handler_class
+from cphandler.testing.cases import Batch, Case, handler_class
 from cphandler.testing.laws import check_all, check_determinism
 
 TABLES = built_in()
@@ -298,32 +298,46 @@ def test_the_table_in_the_docs_is_the_one_that_is_printed() -> None:
     assert "cross_attention" in CliRunner().invoke(app, ["support"]).output
 
 
-HEADS = [(8, 8), (8, 2), (8, 1), (12, 6), (28, 4), (7, 7)]
+HEADS = [(8, 8), (8, 2), (12, 6), (28, 4), (7, 7), (30, 6), (6, 2), (5, 1), (2, 2), (1, 1)]
+"""Also fewer heads than ranks, and groups of query heads that a split of the heads cuts."""
 
 
-def head_shape(backend: str, heads: tuple[int, int], cp_size: int) -> str:
-    """Exact, or refused before anything is sent, with the sizes that would work."""
-    case = Case(backend, cp_size, heads=heads, batch=Batch((17, 6)), sinks=True)
-    shared = {"local/a2a": cp_size, "local/a2a+p2p": {2: 2, 3: 3, 4: 2}[cp_size]}
-    split = shared.get("local/a2a+p2p" if "a2a+" in backend else backend, 1)
-    if heads[0] % split == 0 or group_of(case)[1] < 0:
-        check_all([case])
-        return "exact"
-    with pytest.raises(AssertionError) as caught:
-        check_all([case])
-    reason = str(caught.value.__cause__)
-    sizes = ", ".join(str(n) for n in range(1, heads[0] + 1) if heads[0] % n == 0)
-    assert f"got {heads[0]} heads over {split} ranks; use" in reason
-    assert sizes in reason
-    return "refused"
-
-
-@pytest.mark.parametrize("cp_size", [2, 3, 4])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_head_shapes(ranks: RankPool, heads: tuple[int, int], cp_size: int) -> None:
-    for backend in TABLES:
-        if backend != "local":
-            ranks.run(head_shape, backend, heads, cp_size)
+def test_head_shapes(ranks: RankPool, heads: tuple[int, int]) -> None:
+    """Exact on every backend: none asks the heads to divide by its ranks."""
+    cases = [
+        Case(backend, cp_size, heads=heads, batch=Batch((17, 6)), sinks=True, dropout_p=0.1 if cp_size == 4 else 0.0)
+        for backend in TABLES
+        for cp_size in (2, 3, 4)
+        if backend != "local"
+    ]
+    ranks.run(check_all, cases)
+
+
+SPLIT = [
+    ("local/a2a", "contiguous", ()),
+    ("local/a2a", "replicated", ()),
+    ("local/a2a+p2p", "zigzag", ()),
+    ("local/a2a+ring", "zigzag", (("ulysses_degree", 4),)),
+]
+"""What splits heads: over all ranks, over ranks that hold all tokens, and inside."""
+
+
+@pytest.mark.parametrize(("backend", "layout", "config"), SPLIT, ids=lambda x: str(x) if isinstance(x, str) else None)
+def test_uneven_shares_of_heads_with_everything_else(
+    ranks: RankPool, backend: str, layout: str, config: tuple[tuple[str, Any], ...]
+) -> None:
+    """Options, padded rows and cross attention, with shares that differ and with ranks that have no head."""
+    cases = [
+        Case(backend, 4, form, layout, mask, batch, heads, config=config, max_logit=True, **options)
+        for heads in ((30, 6), (6, 2), (2, 1))
+        for form, mask, batch, options in (
+            ("thd", Causal(), Batch((7, 0, 9), padded=(8, 4, 16)), {"softcap": 3.0, "sinks": True, "value_dim": 5}),
+            ("bshd", SlidingWindow(4, 2), Batch(real=REAL), {"dropout_p": 0.2, "sinks": True}),
+            ("sbhd", Full(), Batch((7,), keys=(12,)), {"sinks": True, "value_dim": 12}),
+        )
+    ]
+    ranks.run(check_all, cases)
 
 
 def test_one_class_per_layer(ranks: RankPool) -> None:

@@ -12,7 +12,6 @@ from cphandler.attention.call import AttentionCall
 from cphandler.attention.loop import AttentionResult
 from cphandler.attention.plans import Plans
 from cphandler.comm.groups import CPGroup, TwoLevels
-from cphandler.errors import InvalidValueError
 from cphandler.sharding.heads import (
     HeadSplit,
     gather_heads,
@@ -27,31 +26,11 @@ from cphandler.tokens.intervals import Table
 from cphandler.tracing import untraced
 
 
-def check_heads(call: AttentionCall, size: int, who: str, way_out: str) -> None:
-    """Refuse query heads that do not divide.
-
-    Args:
-        call: the call.
-        size: ranks that share the heads.
-        who: what splits them.
-        way_out: what to use instead, after the sizes that would work.
-
-    Raises:
-        InvalidValueError: heads left over.
-    """
-    heads = call.q.shape[2]
-    if heads % size:
-        sizes = [number for number in range(1, heads + 1) if heads % number == 0]
-        raise InvalidValueError(
-            f"{who} splits the query heads evenly over the ranks",
-            got=f"{heads} heads over {size} ranks",
-            fix=way_out.format(sizes=", ".join(map(str, sizes))),
-        )
-
-
 @dataclass(frozen=True)
 class HeadParallel:
     """Trades this rank's tokens of all heads for more tokens of its heads, and back.
+
+    With more ranks than heads some ranks have none: they take part in every exchange and compute nothing.
 
     Attributes:
         group: the ranks that share the heads.
@@ -102,13 +81,15 @@ class HeadParallel:
                 k, v = gather_seq_scatter_heads(tensors[1:], ranges[1:], self.keys, name)
         first, repeats = call.first_head + split.queries[rank][0], tuple(split.repeats(rank))
         if call.module is not None:  # knows even groups only
-            k, v, repeats = repeat_heads(k, repeats), repeat_heads(v, repeats), ()
+            q, k, v = (_with_a_head(x) for x in (q, repeat_heads(k, repeats), repeat_heads(v, repeats)))
+            repeats = ()
         return call.replaced(q, k, v, sinks=sinks, first_head=first, repeats=repeats)
 
     def gather(self, call: AttentionCall, result: AttentionResult) -> AttentionResult:
         """All heads of this rank's tokens, from a result over its heads of all the ranks' tokens."""
         split = self.split(call)
-        whole = [result.out]
+        first, stop = split.queries[self.group.rank]
+        whole = [result.out if result.out.shape[2] == stop - first else result.out[:, :, : stop - first]]
         if call.return_lse and result.lse is not None:
             whole.append(result.lse.unsqueeze(-1))
         out, *rest = self._home(whole, split)
@@ -116,13 +97,23 @@ class HeadParallel:
         largest = None
         if result.max_logit is not None:
             largest = result.max_logit.new_full((call.q.shape[2],), float("-inf"))
-            largest[slice(*split.queries[self.group.rank])] = result.max_logit
+            largest[first:stop] = result.max_logit
         return AttentionResult(out, lse, largest)
 
     def _home(self, tensors: list[Tensor], split: HeadSplit) -> list[Tensor]:
         if self.replicated:
             return gather_heads(tensors, split.queries, self.group.name)
         return gather_heads_scatter_seq(tensors, split.queries, self.queries, self.group.name)
+
+
+def _with_a_head(x: Tensor) -> Tensor:
+    """A head of ones where this rank has none, for a caller's own attention, which is called on every rank alike.
+
+    It may communicate, and its parameters must get a gradient, here of zeros. Ones, since they can be normalised.
+    """
+    if x.shape[2]:
+        return x
+    return torch.cat([x, x.new_ones((*x.shape[:2], 1, x.shape[-1]))], dim=2)
 
 
 class InnerUnions:

@@ -298,7 +298,8 @@ def attention_forward(
     compute, weighting = get_kernel(scalars.kernel, q.device.type), _Weighting(scalars, q, where)
     for block in _blocks(scalars, scalars.route(plan, where.places), (k, v)):
         block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
-        compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
+        if q.shape[2]:  # a rank without heads only takes part in the exchange
+            compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
         del block, block_keys, block_values  # before the exchange makes room for the next one
     if sinks is not None:
         lse = _absorb_sinks(out, lse, sinks.to(accumulator))
@@ -353,7 +354,8 @@ def attention_backward(
     for block in _blocks(scalars, scalars.route(plan, where.places), (k, v), home=(dk, dv)):
         block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
         grads = Gradients(dq, *(_per_head(x, scalars.repeats, zeros=True) for x in block.grads))
-        compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
+        if q.shape[2]:
+            compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
         _add_per_head(block.grads, (grads.dk, grads.dv), scalars.repeats)
         del block, block_keys, block_values, grads  # before the exchange makes room for the next one
     dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, saved)
@@ -376,7 +378,8 @@ def largest_scores(
     result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
     compute = get_kernel(scalars.kernel, q.device.type)
     for block in _blocks(scalars, scalars.route(plan, where.places), (k,)):
-        compute.max_logit(q, _per_head(block.rows[0], scalars.repeats), _tasks(block), scalars.scale, result)
+        if q.shape[2]:
+            compute.max_logit(q, _per_head(block.rows[0], scalars.repeats), _tasks(block), scalars.scale, result)
         del block
     return result
 

@@ -21,10 +21,11 @@ from cphandler.sharding.order import SequenceOrder
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Which heads each rank computes: equal shares of the query heads, and every key head that those touch.
+    """Which heads each rank computes: level shares of the query heads, and every key head that those touch.
 
     Attributes:
-        queries: per rank, the query heads ``[first, stop)``.
+        queries: per rank, the query heads ``[first, stop)``; shares differ by at most one head, and some are empty
+            where there are more ranks than heads.
         keys: per rank, the key heads ``[first, stop)``; neighbours share one where a group of query heads is cut.
         group: query heads per key head.
     """
@@ -35,10 +36,14 @@ class HeadSplit:
 
     @classmethod
     def of(cls, num_heads: int, num_kv_heads: int, cp_size: int) -> HeadSplit:
-        """Split heads over ranks; ``num_heads`` divisible by ``cp_size`` and by ``num_kv_heads``."""
-        share, group = num_heads // cp_size, num_heads // num_kv_heads
-        queries = tuple((rank * share, (rank + 1) * share) for rank in range(cp_size))
-        keys = tuple((first // group, (stop - 1) // group + 1) for first, stop in queries)
+        """Split heads over ranks; ``num_heads`` divisible by ``num_kv_heads``.
+
+        Bounds are rounded down, so that a share ends with a group of query heads wherever the exact bound does.
+        """
+        group = num_heads // num_kv_heads
+        bounds = [rank * num_heads // cp_size for rank in range(cp_size + 1)]
+        queries = tuple(pairwise(bounds))
+        keys = tuple((first // group, -(-stop // group) if stop > first else first // group) for first, stop in queries)
         return cls(queries, keys, group)
 
     def repeats(self, rank: int) -> list[int]:
@@ -198,7 +203,10 @@ def _to_tokens(
     rows = len(tokens) // size
     shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
     counts = [_elements(shape) for shape in shapes]
-    ranked = [_rank_major(x.transpose(0, 1), tokens, identity).reshape(size, -1 if len(tokens) else 0) for x in tensors]
+    ranked = [
+        _rank_major(x.transpose(0, 1), tokens, identity).reshape(size, rows * math.prod((*x.shape[:1], *x.shape[2:])))
+        for x in tensors
+    ]
     sent = (torch.cat(ranked, dim=1) if len(ranked) > 1 else ranked[0]).reshape(-1)
     received = collectives.all_to_all(sent, [counts[rank]] * size, counts, group_name).split(counts)
     arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]

@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cp-heads",
         type=_heads,
         metavar="N,G",
-        help="query heads and key heads (default: 4,2, or 2P,2 where P does not divide 4)",
+        help="query heads and key heads (default: 4,2)",
     )
     group.addoption(
         "--cp-config",

@@ -18,6 +18,10 @@ SIZES = (1, 2, 3, 4)
 """Ranks of a group, unless a run names others; below four, several groups of a pool of four work at once."""
 
 
+HEADS = (4, 2)
+"""Query and key heads, unless a run names others: a group of two, which three ranks that split heads must cut."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A handler class to be held to the laws.
@@ -26,7 +30,7 @@ class Subject:
         backend: how the ranks find the class: a name of the library's own, or ``"module:Class"``.
         handler_cls: the class.
         sizes: cp sizes to try.
-        heads: query and key heads; None chooses them by cp size.
+        heads: query and key heads; None for :data:`HEADS`.
         config: settings of every handler, by name.
     """
 
@@ -90,10 +94,6 @@ class Subject:
         """Whether a feature is served, or may be, for a class without a table."""
         return self.table is None or feature in self.table.features
 
-    def heads_for(self, cp_size: int) -> tuple[int, int]:
-        """Query and key heads: query heads that the ranks divide, in groups of two or more."""
-        return self.heads or ((4, 2) if 4 % cp_size == 0 else (2 * cp_size, 2))
-
     def case(self, cp_size: int, **described: Any) -> Case:
         """A case of this class; with a log-sum-exp where it is served, so that its gradient is held to the law too.
 
@@ -102,7 +102,7 @@ class Subject:
             described: further fields of :class:`Case`; its config adds to this subject's.
         """
         config = (*self.config, *described.pop("config", ()))
-        fields = {"heads": self.heads_for(cp_size), "lse": self.serves("return_lse"), **described}
+        fields = {"heads": self.heads or HEADS, "lse": self.serves("return_lse"), **described}
         return Case(self.backend, cp_size, config=config, **fields)
 
     def refusal(self, case: Case) -> Stage | None:
