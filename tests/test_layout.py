@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,128 @@ def test_stack_repeats_a_layout() -> None:
 def test_wrong_layouts_are_refused(spans: list, rows: int | None, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(InvalidValueError, match=message):
         Layout("mine", 4, spans, num_local_tokens=rows)
+
+
+@pytest.mark.parametrize(
+    ("spans", "kind", "message"),
+    [
+        ([[(0, 2)], [(2, 2)]], InvalidValueError, "rank 0 must have three or four columns; got shape"),
+        ([[(0, 2, 1)], [(2, 2)]], InvalidValueError, "rank 1 must have three or four columns"),
+        ([[(0, 4, 1, 0, 0)], []], InvalidValueError, "three or four columns"),
+        ([[0, 4, 1, 0], []], InvalidValueError, "three or four columns"),
+        ([[(0, 2, 1), (2, 2)], []], InvalidValueError, r"rank 0 are no table.*give rows \(start, length, stride\)"),
+        ([[(0.5, 2, 1)], [(2, 2, 1)]], InvalidTypeError, "rank 0 must be int64; got float64"),
+        ([[(0, 2.0, 1)], [(2, 2, 1)]], InvalidTypeError, "must be int64"),
+        ([[(0, 2, 1)], [(2, float("nan"), 1)]], InvalidTypeError, "rank 1 must be int64; got float64"),
+        ([[(0, 2, 1)], [(2, 2, None)]], InvalidTypeError, "rank 1 must be int64; got object"),
+        ([[(0, 2, 1)], [("a", "b", "c")]], InvalidTypeError, "must be int64"),
+        ([np.array([[True, True, True]]), []], InvalidTypeError, "must be int64; got bool"),
+        ([np.array([[0, 2**63, 1]], dtype=np.uint64), []], InvalidTypeError, "must be int64; got uint64"),
+        ([[(0, 2**63, 1)], []], InvalidTypeError, "must be int64; got float64"),
+        ([[(0, 2**70, 1)], []], InvalidTypeError, "must be int64; got object"),
+        ([[(0, 4, 1), (4, -2, 1)], []], InvalidValueError, "negative lengths; got -2"),
+        ([[(0, 4, 0)], []], InvalidValueError, "rank 0 a stride below 1; got 0"),
+        ([[(0, 4, 2**62)], []], InvalidValueError, "exactly one rank"),
+        ([[(-1, 5, 1)], []], InvalidValueError, "exactly one rank"),
+        ([[(0, 4, 1, 2**63 - 2)], []], InvalidValueError, "overlapping or missing local rows"),
+        ([[(0, 4, 1, -1)], []], InvalidValueError, "overlapping or missing local rows"),
+        (5, InvalidTypeError, "must be a sequence; got 5; give one list of spans per rank"),
+        ("ab", InvalidTypeError, "must be int64"),
+        ([5, 6], InvalidValueError, "three or four columns"),
+    ],
+)
+def test_spans_that_are_none(spans: object, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Layout("mine", 4, spans)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"num_tokens": 4.0}, InvalidTypeError, "'mine': num_tokens must be an int; got 4.0; pass a number"),
+        ({"num_tokens": "4"}, InvalidTypeError, "num_tokens must be an int"),
+        ({"num_tokens": True}, InvalidTypeError, "num_tokens must be an int"),
+        ({"num_tokens": None}, InvalidTypeError, "num_tokens must be an int"),
+        ({"num_tokens": -4}, InvalidValueError, "num_tokens must not be negative; got -4"),
+        ({"num_local_tokens": 4.5}, InvalidTypeError, "num_local_tokens must be an int"),
+        ({"num_local_tokens": True}, InvalidTypeError, "num_local_tokens must be an int"),
+        ({"num_local_tokens": -1}, InvalidValueError, "num_local_tokens must not be negative"),
+        ({"num_local_tokens": 3}, InvalidValueError, "overlapping or missing"),
+        ({"num_local_tokens": 2**62}, InvalidValueError, "more rows than 64 bits can count"),
+        ({"name": 3}, InvalidTypeError, "name must be a string; got 3"),
+        ({"replicated": "no"}, InvalidTypeError, "replicated must be a bool; got 'no'"),
+    ],
+)
+def test_counts_that_are_none(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Layout(**{"name": "mine", "num_tokens": 4, "spans": [[(0, 4, 1)]], **arguments})
+
+
+def test_spans_from_every_source() -> None:
+    rows = [[(0, 2, 1), (2, 0, 1)], [(2, 2, 1)]]
+    plain = Layout("mine", 4, rows)
+    assert [spans.tolist() for spans in plain.spans] == [[[0, 2, 1, 0]], [[2, 2, 1, 0]]]
+    own = np.array([[[0, 2, 1]], [[2, 2, 1]]], dtype=np.int32)
+    assert plain == Layout("mine", np.int64(4), own) == Layout("mine", 4, [torch.tensor(r) for r in own])
+    assert plain == Layout("mine", 4, iter(rows), num_local_tokens=np.int32(2))  # type: ignore[arg-type]
+    own[0, 0, 1] = 9
+    assert plain.spans[0].flags.writeable is False
+    mine = np.array([[0, 4, 1, 0]])
+    held = Layout("mine", 4, [mine])
+    mine[0, 1] = 3
+    assert held.spans[0].tolist() == [[0, 4, 1, 0]], "a caller's own array is copied"
+    mine[0, 1] = 4
+    assert mine.flags.writeable
+    assert Layout("none", 0, [[], np.zeros((0, 3))]).num_local_tokens == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.integers(1, 14), st.sampled_from([(1, 2), (2,), (2, 3), (3, 4, 6), (1, 5, 13), (7, 11)]))
+def test_strided_spans_cover_everything_once(data: st.DataObject, num_tokens: int, strides: tuple[int, ...]) -> None:
+    """Against the tokens written down: spans of several strides, some of which leave out or repeat."""
+    free, spans = list(range(num_tokens)), []
+    while free:
+        start, stride = free[0], data.draw(st.sampled_from(strides))
+        most = 0
+        while start + most * stride in free:
+            most += 1
+        length = data.draw(st.integers(1, most))
+        spans.append((start, length, stride))
+        free = [token for token in free if token not in range(start, start + length * stride, stride)]
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(spans) - 1))
+        start, length, stride = spans[at]
+        spans[at] = data.draw(
+            st.sampled_from([(start + 1, length, stride), (start, length + 1, stride), (start, length, stride + 1)])
+        )
+    tokens = [start + i * stride for start, length, stride in spans for i in range(length)]
+    if sorted(tokens) == list(range(num_tokens)):
+        layout = Layout("mine", num_tokens, [sorted(spans)])
+        assert layout.positions(0).tolist() == [s + i * stride for s, n, stride in sorted(spans) for i in range(n)]
+        return
+    with pytest.raises(InvalidValueError, match="exactly one rank"):
+        Layout("mine", num_tokens, [sorted(spans)])
+
+
+def test_strides_past_what_can_be_written_down() -> None:
+    total = 10**15 + 7
+    lengths = [-(-(total - rank) // 6) for rank in range(6)]
+    every_sixth = [[(rank, lengths[rank], 6)] for rank in range(6)]
+    assert Layout("mine", total, every_sixth).cp_size == 6
+    halves = [[(1, total // 2, 2)], [(0, lengths[0], 6)], [(2, lengths[2], 6)], [(4, lengths[4], 6)]]
+    assert Layout("mine", total, halves).strides == {2, 6}
+    halves[0] = [(1, total // 2 - 1, 2)]
+    with pytest.raises(InvalidValueError, match="exactly one rank"):
+        Layout("mine", total, halves)
+
+
+def test_one_rank_in_global_order() -> None:
+    assert Layout("mine", 6, [[(0, 2, 1), (2, 4, 1)]]).keeps_global_order
+    assert not Layout("mine", 6, [[(0, 2, 1, 4), (2, 4, 1, 0)]]).keeps_global_order
+    assert not Layout("mine", 6, [[(0, 6, 1)]], num_local_tokens=7).keeps_global_order
+    assert not Layout("mine", 6, [[(0, 3, 2), (1, 3, 2)]]).keeps_global_order
+    assert not Layout("mine", 6, [[(0, 6, 1)], []]).keeps_global_order
+    assert zigzag(offsets([5, 1]), 1).keeps_global_order
 
 
 def test_layouts_by_name_and_by_value() -> None:

@@ -12,16 +12,22 @@ The ``balanced`` layout depends on masks; :mod:`cphandler.layouts.balance` makes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from math import lcm
+from operator import index
+from typing import SupportsIndex
 
 import numpy as np
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
-from cphandler.tokens.intervals import Flags, Table, expand, frozen, offsets_of, table
+from cphandler.tokens.intervals import Table, expand, frozen, offsets_of, overlaps, table
 
 START, LENGTH, STRIDE, LOCAL, RANK = range(5)
 """Columns of :meth:`Layout.tables`; a rank's own span table has the first four."""
+
+MOST_ROWS = 1 << 62
+"""All ranks together have fewer rows than this, so that sums of rows and of places fit int64."""
 
 
 class Layout:
@@ -40,63 +46,70 @@ class Layout:
         replicated: every rank holds every token; otherwise each token lives on exactly one rank.
 
     Raises:
-        InvalidValueError: spans that leave out, repeat or overrun tokens or local rows.
+        InvalidTypeError: spans or counts that are not integers.
+        InvalidValueError: spans that leave out, repeat or overrun tokens or local rows; that are no table of three or
+            four columns; a count or a length below 0; more rows than can be counted.
     """
 
     def __init__(
         self,
         name: str,
-        num_tokens: int,
+        num_tokens: SupportsIndex,
         spans: Sequence[object],
         *,
-        num_local_tokens: int | None = None,
+        num_local_tokens: SupportsIndex | None = None,
         replicated: bool = False,
     ) -> None:
+        if not isinstance(name, str):
+            raise InvalidTypeError("a layout's name must be a string", got=repr(name), fix="pass the name first")
+        if not isinstance(replicated, bool):
+            raise InvalidTypeError(
+                f"layout {name!r}: replicated must be a bool",
+                got=repr(replicated),
+                fix="pass True where every rank holds every token",
+            )
         self.name = name
-        self.num_tokens = num_tokens
+        self.num_tokens = _count(name, "num_tokens", num_tokens)
         self.replicated = replicated
-        self.spans: tuple[Table, ...] = tuple(frozen(_with_local(rank_spans)) for rank_spans in spans)
-        largest = max((int(s[:, LENGTH].sum()) for s in self.spans), default=0)
-        self.num_local_tokens = largest if num_local_tokens is None else num_local_tokens
-        self._validate()
+        self.spans: tuple[Table, ...] = tuple(
+            frozen(_with_local(_checked(name, rank, rank_spans))) for rank, rank_spans in enumerate(_ranks(name, spans))
+        )
+        if not all(_covers(rows, self.num_tokens) for rows in self._coverings()):
+            raise InvalidValueError(
+                f"layout {name!r} must place each of its {self.num_tokens} tokens on "
+                + ("every rank" if replicated else "exactly one rank"),
+                got=f"{sum(sum(s[:, LENGTH].tolist()) for s in self.spans)} placements over {self.cp_size} ranks",
+                fix="spans are (start, length, stride) in global tokens",
+            )
+        largest = max(int(s[:, LENGTH].sum()) for s in self.spans)
+        self.num_local_tokens = (
+            largest if num_local_tokens is None else _count(name, "num_local_tokens", num_local_tokens)
+        )
+        check_rows(name, max(self.num_tokens, self.num_local_tokens), self.cp_size)
+        self._check_places()
 
     @property
     def cp_size(self) -> int:
         """Ranks P that the tokens are spread over."""
         return len(self.spans)
 
-    def _validate(self) -> None:
-        if not self.spans:
-            raise InvalidValueError(f"layout {self.name!r} has no ranks", fix="give one list of spans per rank")
-        if not all(_covers(spans, self.num_tokens) for spans in self._coverings()):
-            raise InvalidValueError(
-                f"layout {self.name!r} must place each of its {self.num_tokens} tokens on "
-                + ("every rank" if self.replicated else "exactly one rank"),
-                got=f"{sum(int(s[:, LENGTH].sum()) for s in self.spans)} placements over {self.cp_size} ranks",
-                fix="spans are (start, length, stride) in global tokens",
-            )
-        every = self._numbered(range(self.cp_size))
-        rank = every[:, RANK]
-        same = rank[1:] == rank[:-1]
-        by_place = every[np.lexsort((every[:, LOCAL], rank))]
-        edges = by_place[:, LOCAL] + by_place[:, LENGTH]
-        wrong: dict[str, tuple[Flags, str]] = {
-            "a stride below 1": (every[:, STRIDE] < 1, "local order is ascending inside a span"),
-            "spans out of order": (
-                np.append([False], same & (np.diff(every[:, START]) < 0))[: len(every)],
-                "sort by start",
-            ),
-            "overlapping or missing local rows": (
-                (by_place[:, LOCAL] < 0)
-                | (edges > self.num_local_tokens)
-                | np.append([False], same & (by_place[1:, LOCAL] < edges[:-1]))[: len(every)],
-                f"place each span inside {self.num_local_tokens} rows, none on another",
-            ),
-        }
-        for what, (where, fix) in wrong.items():
-            if where.any():
-                at = int(rank[np.argmax(where)])
-                raise InvalidValueError(f"layout {self.name!r} gives rank {at} {what}", fix=fix)
+    def _check_places(self) -> None:
+        """Refuse spans out of order, and local rows that overlap or do not exist."""
+        for rank, spans in enumerate(self.spans):
+            start, length, local = spans[:, START], spans[:, LENGTH], spans[:, LOCAL]
+            if (start[1:] < start[:-1]).any():
+                raise InvalidValueError(
+                    f"layout {self.name!r} gives rank {rank} spans out of order", fix="sort by start"
+                )
+            outside = (local < 0) | (local > self.num_local_tokens - length)
+            if (local[1:] < (local + length)[:-1]).any():  # a caller's own order, or rows used twice
+                by_place = np.argsort(local, kind="stable")
+                local, length = local[by_place], length[by_place]
+            if outside.any() or (local[1:] < (local + length)[:-1]).any():
+                raise InvalidValueError(
+                    f"layout {self.name!r} gives rank {rank} overlapping or missing local rows",
+                    fix=f"place each span inside {self.num_local_tokens} rows, none on another",
+                )
 
     def _numbered(self, ranks: Sequence[int]) -> Table:
         """The spans of some ranks one after the other, each with its rank."""
@@ -150,8 +163,12 @@ class Layout:
     @property
     def keeps_global_order(self) -> bool:
         """True where one rank holds all tokens as they come, so that nothing has to move."""
-        tokens = np.arange(self.num_tokens)
-        return self.cp_size == 1 and np.array_equal(self.positions(0), tokens)
+        spans = self.spans[0]
+        return (
+            self.cp_size == 1
+            and self.num_local_tokens == self.num_tokens
+            and bool(((spans[:, STRIDE] == 1) & (spans[:, START] == spans[:, LOCAL])).all())
+        )
 
     @cached_property
     def inverse(self) -> Table:
@@ -230,23 +247,102 @@ def _apart(spans: Table) -> Iterator[Table]:
         yield spans[rows]
 
 
+def check_rows(name: str, rows: int, cp_size: int) -> None:
+    """Refuse a layout whose places cannot be numbered.
+
+    Raises:
+        InvalidValueError: tokens, or rows of a rank, that are too many times the ranks.
+    """
+    if rows * cp_size >= MOST_ROWS:
+        raise InvalidValueError(
+            f"layout {name!r} has more rows than 64 bits can count",
+            got=f"{rows} times {cp_size} ranks",
+            fix="that must stay below 2**62; cut the batch, or see whether its offsets count tokens",
+        )
+
+
+def _ranks(name: str, spans: Iterable[object]) -> list[object]:
+    """The spans of each rank, of which there is one at least."""
+    try:
+        ranks = list(spans)
+    except TypeError as error:
+        raise InvalidTypeError(
+            f"the spans of layout {name!r} must be a sequence", got=repr(spans), fix="give one list of spans per rank"
+        ) from error
+    if not ranks:
+        raise InvalidValueError(f"layout {name!r} has no ranks", fix="give one list of spans per rank")
+    return ranks
+
+
+def _count(name: str, what: str, value: object) -> int:
+    """An integer from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise InvalidTypeError(f"layout {name!r}: {what} must be an int", got=repr(value), fix="pass a number of rows")
+    count = index(value)
+    if count < 0:
+        raise InvalidValueError(f"layout {name!r}: {what} must not be negative", got=count, fix="pass a number of rows")
+    return count
+
+
+def _checked(name: str, rank: int, spans: object) -> Table:
+    """A rank's spans as a table of three or four integer columns."""
+    where, fix = f"layout {name!r}: the spans of rank {rank}", "give rows (start, length, stride) of integers"
+    try:
+        given = np.asarray(spans)
+    except (TypeError, ValueError) as error:
+        raise InvalidValueError(f"{where} are no table", got=str(error), fix=fix) from error
+    if not given.size:
+        return table([], 4)
+    if given.dtype.kind not in "iu" or (given.dtype.kind == "u" and int(given.max()) >= MOST_ROWS):
+        raise InvalidTypeError(f"{where} must be int64", got=given.dtype, fix=fix)
+    if given.ndim != 2 or given.shape[1] not in (3, 4):
+        raise InvalidValueError(f"{where} must have three or four columns", got=f"shape {list(given.shape)}", fix=fix)
+    rows: Table = given.astype(np.int64, copy=False)
+    if rows[:, LENGTH].min() < 0:
+        raise InvalidValueError(f"{where} must not have negative lengths", got=int(rows[:, LENGTH].min()), fix=fix)
+    if rows[:, STRIDE].min() < 1:
+        raise InvalidValueError(
+            f"layout {name!r} gives rank {rank} a stride below 1",
+            got=int(rows[:, STRIDE].min()),
+            fix="local order is ascending inside a span",
+        )
+    return rows
+
+
 def _covers(spans: Table, num_tokens: int) -> bool:
     """True where the spans hold each token of ``[0, num_tokens)`` exactly once."""
-    if (spans[:, STRIDE] != 1).any():
-        tokens = expand(spans[:, START], spans[:, LENGTH], spans[:, STRIDE])
-        return np.array_equal(np.sort(tokens), np.arange(num_tokens))
-    ordered = spans[np.argsort(spans[:, START], kind="stable")]
-    edges = np.concatenate([[0], ordered[:, START] + ordered[:, LENGTH]])
-    return np.array_equal(np.append(ordered[:, START], num_tokens), edges)
+    start, length, stride = spans[:, START], spans[:, LENGTH], spans[:, STRIDE]
+    if ((start < 0) | (start >= num_tokens)).any() or (length - 1 > (num_tokens - 1 - start) // stride).any():
+        return False
+    if (stride != 1).any():
+        start, length = _side_by_side(start, length, stride, num_tokens)
+    order = np.argsort(start, kind="stable")
+    edges = np.append(0, start[order] + length[order])
+    return np.array_equal(np.append(start[order], num_tokens), edges)
 
 
-def _with_local(spans: object) -> Table:
+def _side_by_side(start: Table, length: Table, stride: Table, num_tokens: int) -> tuple[Table, Table]:
+    """Spans as spans of stride 1, of tokens in another order: all that share a rest modulo one common stride together.
+
+    A span whose stride is a part of the common one falls apart into several, never into more than it has tokens.
+    """
+    common = min(lcm(*np.unique(stride[length > 1]).tolist()), num_tokens)
+    alone = common % stride != 0  # the common stride was cut short: these have few tokens
+    parts = np.where(alone, length, np.minimum(common // stride, length))
+    which, part = np.repeat(np.arange(len(parts)), parts), expand(np.zeros_like(parts), parts)
+    first = start[which] + part * stride[which]
+    rows = np.where(alone[which], 1, -(-(length[which] - part) // np.maximum(common // stride[which], 1)))
+    before, rest = divmod(num_tokens, common)
+    turn = first % common
+    return first // common + turn * before + np.minimum(turn, rest), rows
+
+
+def _with_local(rows: Table) -> Table:
     """Drop empty spans and add the local column where the caller left it out."""
-    given = np.asarray(spans, dtype=np.int64)
-    rows: Table = given.reshape(-1, given.shape[-1] if given.ndim == 2 else 4)
-    if rows.shape[1] == 3:
-        rows = np.concatenate([rows, offsets_of(rows[:, LENGTH])[:-1, None]], axis=1)
-    rows = rows[rows[:, LENGTH] > 0].copy()
+    local = offsets_of(rows[:, LENGTH])[:-1, None] if rows.shape[1] == 3 else rows[:, LOCAL:]
+    rows = np.concatenate([rows[:, :LOCAL], local], axis=1)
+    empty = rows[:, LENGTH] == 0
+    rows = rows[~empty] if empty.any() else rows
     rows[rows[:, LENGTH] == 1, STRIDE] = 1
     return rows
 
@@ -259,6 +355,21 @@ def joined(starts: Table, lengths: Table) -> Table:
     first = np.flatnonzero(opens)
     total = np.add.reduceat(lengths, first) if len(first) else lengths
     return np.stack([starts[first], total, np.ones_like(total)], axis=1)
+
+
+def cut_by_spans(starts: Table, stops: Table, spans: Table) -> tuple[Table, Table, Table, Table]:
+    """Where intervals of tokens meet spans that do not interleave.
+
+    Returns:
+        ``(interval, span, first, stop)``: rows ``[first, stop)`` of a span are in an interval; none is empty.
+    """
+    ends = spans[:, START] + (spans[:, LENGTH] - 1) * spans[:, STRIDE] + 1
+    interval, span = overlaps(starts, stops, spans[:, START], ends)
+    start, stride = spans[span, START], spans[span, STRIDE]
+    first = np.maximum(-(-(starts[interval] - start) // stride), 0)
+    stop = np.minimum(-(-(stops[interval] - start) // stride), spans[span, LENGTH])
+    keep = first < stop
+    return interval[keep], span[keep], first[keep], stop[keep]
 
 
 def zigzag(offsets: Table, cp_size: int) -> Layout:
@@ -346,7 +457,9 @@ def make_layout(layout: str | Layout, offsets: Table, cp_size: int) -> Layout:
             )
         return layout
     if not isinstance(layout, str):
-        raise InvalidTypeError("layout must be a name or a Layout", got=type(layout).__name__)
+        raise InvalidTypeError(
+            "layout must be a name or a Layout", got=type(layout).__name__, fix=f"choose one of {', '.join(LAYOUTS)}"
+        )
     name = layout_name(layout)
     if name not in BUILDERS:
         raise InvalidValueError(
