@@ -31,7 +31,7 @@ from cphandler import (
     UnsupportedError,
 )
 from cphandler.layouts.balance import balanced
-from cphandler.layouts.layout import contiguous, zigzag
+from cphandler.layouts.layout import contiguous, cut_by_spans, zigzag
 from cphandler.layouts.placement import LayoutSpec, place
 from cphandler.layouts.pool import AREA, ROWS, Pool, Remainder
 from cphandler.layouts.workload import Workload
@@ -62,9 +62,13 @@ def workload(lengths: list[int], mask: Mask, tile: int | None = None) -> Workloa
 
 
 def placed(lengths: list[int], cp_size: int, spec: LayoutSpec = "balanced", mask: Mask | None = None) -> Layout:
-    documents = documents_of(lengths)
-    stream = StreamMetadata(documents, None, documents.max_length)
+    stream = stream_of(lengths)
     return place((spec, spec), stream, stream, mask or Causal(), cp_size)[0]
+
+
+def stream_of(lengths: list[int]) -> StreamMetadata:
+    documents = documents_of(lengths)
+    return StreamMetadata(documents, None, documents.max_length)
 
 
 def quality(layout: Layout, seen: Dense) -> tuple[float, float]:
@@ -98,6 +102,51 @@ def test_rows_weigh_what_they_see(name: str) -> None:
         outside = (seen[0] | seen[1])[unit.start : last].copy()
         outside[:, unit.start : last] = False
         assert not outside.any(), "a unit sees another one"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 2**45), min_size=1, max_size=4),
+    st.sampled_from([Causal(), Full(), SlidingWindow(2**31, 7)]),
+    st.integers(1, 1000),
+    st.data(),
+)
+def test_work_past_64_bits(lengths: list[int], mask: Mask, weight: int, data: st.DataObject) -> None:
+    """Sums over rows, against Python's integers added up row by row around the place where they are asked."""
+    documents = documents_of(lengths)
+    bands = mask.bands(documents, documents)
+    work = Workload.of(documents.num_tokens, [(bands, weight)])
+    for unit in work.units:
+        row = data.draw(st.integers(0, unit.length - 1))
+        stop = min(row + 50, unit.length)
+
+        def seen(at: int, length: int) -> int:
+            left, right = {Causal(): (length, 0), Full(): (length, length)}.get(mask, (2**31, 7))
+            return weight * (min(at + right, length - 1) - max(at - left, 0) + 1)
+
+        rows = [seen(at, unit.length) for at in range(row, stop)]
+        assert [unit.row(at) for at in range(row, stop)] == rows
+        assert unit.area(row, stop) == sum(rows) == unit.upto(stop) - unit.upto(row)
+        whole = {Causal(): unit.length * (unit.length + 1) // 2, Full(): unit.length**2}
+        if mask in whole:
+            assert unit.upto(unit.length) == weight * whole[mask]
+    assert work.area == sum(unit.area(0, unit.length) for unit in work.units)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2**30), st.integers(1, 2**20), st.integers(1, 2**9), st.data())
+def test_tiles_past_64_bits(length: int, tile: int, weight: int, data: st.DataObject) -> None:
+    """A row of a tile has a part of its work, rounded up; one row of the last tile may have nearly all that fits."""
+    tile = max(tile, length >> 9)
+    (unit,) = Workload.of(length, [(np.array([[0, length, 0, length, -(2**62), 0]]), weight)], tile=tile).units
+
+    def work(first: int) -> tuple[int, int]:
+        last = min(first + tile, length)
+        return last - first, weight * -(-(tile * tile * -(-last // tile)) // (last - first))
+
+    row = data.draw(st.integers(0, length - 1))
+    assert unit.row(row) == work(row // tile * tile)[1]
+    assert unit.upto(length) == sum(rows * each for rows, each in map(work, range(0, length, tile)))
 
 
 def test_units_are_as_small_as_masks_allow() -> None:
@@ -310,6 +359,30 @@ def test_searches_of_the_pool(data: st.DataObject, lengths: list[int], by_last_r
     assert pool.remainders == sorted(pool.remainders)
 
 
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped"])
+def test_keys_of_a_stream_past_64_bits(layout: str) -> None:
+    """Products of two lengths: the keys of a band go to ranks in proportion to the queries that they hold of it."""
+    queries, keys = documents_of([3 * 2**38 + 1, 2**39]), documents_of([2**41 + 3, 5])
+    streams = [StreamMetadata(documents, None, documents.max_length) for documents in (queries, keys)]
+    own, theirs = place((layout, "balanced"), *streams, Full(), 4)
+    assert [int(spans[:, 1].sum()) for spans in theirs.spans] == [2**39 + 2] * 4
+    held = [cut_by_spans(np.array([0]), np.array([3 * 2**38 + 1]), spans) for spans in own.spans]
+    rows = list(accumulate(sum((stop - first).tolist()) for _, _, first, stop in held))
+    wanted = [0, *((2**41 + 3) * row // rows[-1] for row in rows)]
+    for rank in range(4):  # each rank holds what it wants of them, up to its share
+        _, _, first, stop = cut_by_spans(np.array([wanted[rank]]), np.array([wanted[rank + 1]]), theirs.spans[rank])
+        assert sum((stop - first).tolist()) == min(wanted[rank + 1] - wanted[rank], 2**39 + 2)
+
+
+def test_work_that_cannot_be_counted_is_refused() -> None:
+    for weight, tile in ((2**60, None), (2**70, None), (1, 2**40)):
+        with pytest.raises(InvalidValueError, match=r"past what 64 bits can count; got .* layers.*; weigh masks"):
+            place((Balanced({Causal(): weight}),) * 2, *[stream_of([100])] * 2, Causal(), 2, tile=tile)
+    with pytest.raises(InvalidValueError, match="too many tiles to weigh one by one; got 8589934592 of 128 rows"):
+        place(("balanced", "balanced"), *[stream_of([2**40])] * 2, Causal(), 2, tile=128)
+    assert place(("balanced", "balanced"), *[stream_of([2**40])] * 2, Causal(), 2)[0].num_local_tokens == 2**39
+
+
 def test_made_ahead_of_time_without_torch_distributed() -> None:
     """In a data loader's process: no group, and the very layout that a handler makes."""
     program = """
@@ -326,7 +399,7 @@ def test_what_cannot_be_is_refused() -> None:
         Balanced([Causal()])  # type: ignore[arg-type]
     with pytest.raises(InvalidTypeError, match="rather than its name"):
         Balanced({"causal": 1})  # type: ignore[dict-item]
-    with pytest.raises(InvalidTypeError, match="must be an int"):
+    with pytest.raises(InvalidTypeError, match=r"must be an int.*count the layers"):
         Balanced({Causal(): 0.5})  # type: ignore[dict-item]
     with pytest.raises(InvalidValueError, match="at least"):
         Balanced({Causal(): 0})

@@ -18,6 +18,7 @@ from cphandler import (
     BatchPlan,
     Causal,
     Documents,
+    InvalidValueError,
     Layout,
     Mask,
     PerDocument,
@@ -218,11 +219,123 @@ def test_the_line_to_read() -> None:
     assert "a rank's plan" in line
 
 
+def pairs_before(rows: int, reach: int, keys: int) -> int:
+    """Keys below ``min(i + reach, keys)`` that rows i below ``rows`` see, added up in Python's integers."""
+    rising = min(max(keys - reach, 0), rows)
+    start = min(max(-reach, 0), rising)  # rows before this one see none
+    return sum_of(start + reach, rising - start) + (rows - rising) * keys
+
+
+def sum_of(first: int, count: int) -> int:
+    return count * first + count * (count - 1) // 2
+
+
+def exact_areas(lengths: list[int], layout: Layout, window: tuple[int, int] | None) -> list[int]:
+    """Pairs of each rank from nothing but its spans, in Python's integers; None for the window means causal."""
+    starts = offsets(lengths)
+    result = []
+    for spans in layout.spans:
+        total = 0
+        for start, length, stride, _ in spans.tolist():
+            stop = start + (length - 1) * stride + 1
+            for document, first in zip(lengths, starts, strict=False):
+                low, high = max(start, first), min(stop, first + document)
+                if low >= high:
+                    continue
+                low += (start - low) % stride
+                rows = max(0, -(-(high - low) // stride))
+                if stride > 1:
+                    assert window is None
+                    total += rows * (low - first + 1) + stride * (rows * (rows - 1) // 2)
+                    continue
+                begin, end = low - first, high - first
+                left, right = window or (document, 0)
+                for row, sign in ((end, 1), (begin, -1)):
+                    total += sign * (pairs_before(row, right + 1, document) - pairs_before(row, -left, document))
+        result.append(total)
+    return result
+
+
+HUGE = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 2**33), st.integers(2**38, 2**45)), min_size=1, max_size=5)
+
+
+@settings(max_examples=120, deadline=None)
+@given(HUGE, st.integers(1, 9), st.sampled_from(["zigzag", "contiguous", "striped", "balanced"]), st.booleans())
+def test_counts_past_64_bits(lengths: list[int], cp_size: int, layout: str, windowed: bool) -> None:
+    window = (2**39 + 5, 1000) if windowed and layout != "striped" else None
+    mask = Causal() if window is None else SlidingWindow(*window)
+    made = plan_batch(offsets(lengths), cp_size, layout=layout, mask=mask)
+    stats = made.stats(kv_heads=1 << 20, head_dim=1 << 20)
+    area = exact_areas(lengths, made.layout, window)
+    assert stats.area.tolist() == area
+    if window is None:
+        assert sum(area) == sum(n * (n + 1) // 2 for n in lengths)
+    assert int(stats.area.sum()) == sum(area), "what adds up to more than int64 is not int64"
+    assert stats.area_balance == (max(area) * cp_size / sum(area) if sum(area) else 1.0)
+    assert stats.forward_bytes is not None
+    assert stats.both_bytes is not None
+    assert stats.forward_bytes.tolist() == [rows * 2**42 for rows in stats.received.tolist()]
+    assert stats.both_bytes.tolist() == [rows * 2**44 for rows in stats.received.tolist()]
+    assert "area max/mean" in str(stats)
+
+
+def test_pairs_in_python_integers_are_those_of_the_dense_mask() -> None:
+    """The count that the one above is held to, where a mask can be written down."""
+    for mask, window in ((Causal(), None), (SlidingWindow(3), (3, 0)), (SlidingWindow(2, 4), (2, 4))):
+        for layout in ("zigzag", "contiguous", "balanced", *(("striped",) if window is None else ())):
+            made = plan_batch(offsets(LENGTHS), 3, layout=layout, mask=mask)
+            seen = visible_pairs(made.mask, made.documents).numpy()
+            held = [rows[rows >= 0] for rows in map(made.layout.positions, range(3))]
+            assert exact_areas(list(LENGTHS), made.layout, window) == [int(seen[rows].sum()) for rows in held]
+
+
+def test_tasks_of_a_document_past_64_bits() -> None:
+    made = plan_batch([0, 2**40], 8)
+    areas = made.stats(count_tasks=True).area.tolist()
+    for rank in (0, 5):
+        total = 0
+        for _, _, rows, _, keys, lo, hi in made.plan(rank).tasks.tolist():
+            assert lo == -(2**62)
+            total += pairs_before(rows, min(hi, keys) + 1, keys)
+        assert total == areas[rank] == (2**40) * (2**40 + 1) // 2 // 8
+
+
+def test_offsets_of_any_integer_type() -> None:
+    for dtype in (np.int32, np.uint32, np.int64):
+        made = plan_batch(np.array([0, 5, 2**31 - 1], dtype=dtype), 4, layout="contiguous")
+        assert sum(made.stats().area.tolist()) == 15 + (2**31 - 6) * (2**31 - 5) // 2
+    made = plan_batch(torch.tensor([0, 2**31 - 1], dtype=torch.int32), 4, cp_comm_type="all_gather")
+    assert made.stats().received.tolist() == [3 * 2**29] * 4
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped", "balanced", "replicated"])
+def test_more_rows_than_can_be_numbered(layout: str) -> None:
+    """2**62 rows of all ranks together; one rank's row of them less is planned, and counted to the pair."""
+    for length in (2**59, 2**61, 2**62 - 1, 2**62):
+        with pytest.raises(
+            InvalidValueError, match=f"has more rows than 64 bits can count; got {length} times 8 ranks"
+        ):
+            plan_batch([0, length], 8, layout=layout)
+    most = 2**59 - 1
+    for comm_type in COMM_TYPES:
+        stats = plan_batch([0, most], 8, layout=layout, cp_comm_type=comm_type).stats()
+        copies = 8 if layout == "replicated" else 1
+        assert sum(stats.area.tolist()) == copies * most * (most + 1) // 2
+        assert min(stats.received.tolist()) >= 0
+        assert max(stats.received.tolist()) < 2**59
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         ({"cp_size": 0}, ValueError, "at least 1"),
         ({"cp_size": 2.0}, TypeError, "cp_size must be an int"),
+        ({"cp_size": True}, TypeError, "pass a number of ranks"),
+        ({"tile": "x"}, TypeError, "tile must be an int or None; got 'x'; pass the rows of the kernel's tile"),
+        ({"tile": 1.5}, TypeError, "tile must be an int"),
+        ({"tile": True}, TypeError, "tile must be an int"),
+        ({"tile": 0}, ValueError, "tile must be at least 1; got 0; pass the rows"),
+        ({"tile": -3, "layout": "balanced"}, ValueError, "tile must be at least 1"),
         ({"cp_comm_type": "a2a"}, ValueError, "p2p, ring, all_gather"),
         ({"cp_comm_type": None}, TypeError, "cp_comm_type must be a string"),
         ({"layout": "diagonal"}, ValueError, "unknown layout"),

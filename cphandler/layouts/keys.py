@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cphandler.layouts.layout import Layout, joined
+from cphandler.layouts.layout import MOST_ROWS, RANK, Layout, cut_by_spans, joined
 from cphandler.tokens.bands import K0, K1, Q0, Q1, tightened
-from cphandler.tokens.intervals import Table, expand, offsets_of, overlaps, table
+from cphandler.tokens.intervals import Table, offsets_of, overlaps, table
 
 
 def place_keys(queries: Layout, bands: Table, num_keys: int) -> Layout:
@@ -36,17 +36,26 @@ def place_keys(queries: Layout, bands: Table, num_keys: int) -> Layout:
 
 def _wanted(queries: Layout, bands: Table) -> Table:
     """``[m, 3]`` runs ``(start, stop, rank)`` of keys and who would have them; those of several bands may overlap."""
-    size, rows = queries.cp_size, bands[:, Q1] - bands[:, Q0]
-    owner = queries.inverse // max(queries.num_local_tokens, 1)
-    which = np.repeat(np.arange(len(bands), dtype=np.int64), rows)
-    counts = np.bincount(which * size + owner[expand(bands[:, Q0], rows)], minlength=len(bands) * size)
-    held = np.cumsum(counts.reshape(len(bands), size), axis=1)
+    size = queries.cp_size
+    counts = np.zeros((len(bands), size), dtype=np.int64)
+    for spans in queries.tables():
+        band, span, start, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], spans)
+        np.add.at(counts, (band, spans[span, RANK]), stop - start)
+    held = np.cumsum(counts, axis=1)
     first, keys = bands[:, K0, None], (bands[:, K1] - bands[:, K0])[:, None]
-    stops = first + keys * held // np.maximum(held[:, -1:], 1)
+    stops = first + _parts(keys, held)
     starts = np.concatenate([first, stops[:, :-1]], axis=1)
     ranks = np.broadcast_to(np.arange(size, dtype=np.int64), stops.shape)
     runs = np.stack([starts, stops, ranks], axis=2).reshape(-1, 3)
     return runs[runs[:, 0] < runs[:, 1]]
+
+
+def _parts(keys: Table, held: Table) -> Table:
+    """``[n, P]`` of each band's keys, how many belong to the first so many of the rows held, rounded down."""
+    total = np.maximum(held[:, -1:], 1)
+    if int(keys.max(initial=0)) * int(held.max(initial=0)) < MOST_ROWS:
+        return keys * held // total
+    return (keys.astype(object) * held // total).astype(np.int64)  # a product of two lengths may be past int64
 
 
 def _uncovered(runs: Table, num_keys: int) -> Table:

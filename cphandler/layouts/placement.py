@@ -11,7 +11,7 @@ import numpy as np
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.layouts.balance import balanced
 from cphandler.layouts.keys import place_keys
-from cphandler.layouts.layout import BALANCED, Layout, layout_name, make_layout
+from cphandler.layouts.layout import BALANCED, Layout, check_rows, layout_name, make_layout
 from cphandler.layouts.workload import Workload
 from cphandler.tokens.bands import Q0, shifted
 from cphandler.tokens.intervals import Table
@@ -48,9 +48,13 @@ class Balanced:
                     "Balanced levels masks", got=repr(mask), fix="pass Causal() rather than its name"
                 )
             if not isinstance(weight, int) or isinstance(weight, bool):
-                raise InvalidTypeError("a number of layers must be an int", got=repr(weight))
+                raise InvalidTypeError(
+                    "a number of layers must be an int", got=repr(weight), fix="count the layers that have the mask"
+                )
             if weight < 1:
-                raise InvalidValueError("a mask must have a layer at least", got=f"{weight} of {mask!r}")
+                raise InvalidValueError(
+                    "a mask must have a layer at least", got=f"{weight} of {mask!r}", fix="leave out masks of no layer"
+                )
         object.__setattr__(self, "masks", tuple(given.items()))
 
 
@@ -87,6 +91,7 @@ def place(
     if own is None:
         layout = make_layout(_known(specs[0]), queries.documents.offsets, cp_size)
     else:
+        check_rows(BALANCED, queries.documents.num_tokens, cp_size)
         work = Workload.of(queries.documents.num_tokens, own, tile=tile, crossing=crossing)
         layout = balanced(work, cp_size)
     if not crossing:

@@ -20,8 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cphandler.errors import InvalidValueError
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
 from cphandler.tokens.intervals import UNBOUNDED, Table, table
+
+MOST_TILES = 1 << 24
+"""Work in tiles is said tile by tile; so many of them take a gigabyte."""
 
 
 class Reach(NamedTuple):
@@ -196,8 +200,12 @@ class Workload:
             bands: for each mask its ``[n, 6]`` bands over the stream, and how many layers have it.
             tile: rows of the kernel's tile: a run of rows costs whole tiles. None counts pairs.
             crossing: keys are another stream.
+
+        Raises:
+            InvalidValueError: layers or tiles so large that the work of one row is past int64, or too many tiles.
         """
         masks = [(tightened(table), weight) for table, weight in bands]
+        _check_countable(masks, tile)
         edges = _units(num_tokens, [table for table, _ in masks], crossing)
         pieces = [_segments(table, weight) if tile is None else _tiled(table, weight, tile) for table, weight in masks]
         segments = _summed(np.concatenate([*pieces, table([], 4)]), edges)
@@ -210,6 +218,27 @@ class Workload:
             rows = list(zip(at[low:high], area[low:high], slope[low:high], strict=True))
             units.append(Unit(i, starts[i], starts[i + 1] - starts[i], rows, reaches))
         return cls(num_tokens, tuple(units), sum(weight for _, weight in bands))
+
+
+def _check_countable(masks: Sequence[tuple[Table, int]], tile: int | None) -> None:
+    """Refuse what the integer columns cannot hold; sums over rows are Python's integers, and have no limit."""
+    most, tiles, size = 0, 0, tile or 1
+    for bands, weight in masks:
+        keys = int((bands[:, K1] - bands[:, K0]).astype(float).sum())
+        most += weight * (keys + len(bands) * size) * (1 if tile is None else size)
+        tiles += 0 if tile is None else int((-(-(bands[:, Q1] - bands[:, Q0]) // min(tile, UNBOUNDED))).sum())
+    if most >= UNBOUNDED:
+        raise InvalidValueError(
+            "the work of a row is past what 64 bits can count",
+            got=f"{sum(weight for _, weight in masks)} layers" + ("" if tile is None else f", tiles of {tile} rows"),
+            fix="weigh masks by their numbers of layers, and pass the rows of the kernel's tile, such as 128",
+        )
+    if tiles > MOST_TILES:
+        raise InvalidValueError(
+            "a batch has too many tiles to weigh one by one",
+            got=f"{tiles} of {tile} rows",
+            fix="pass tile=None, which counts pairs: in documents that long they are level in tiles as well",
+        )
 
 
 def _units(num_tokens: int, tables: Sequence[Table], crossing: bool) -> Table:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec, place
-from cphandler.plan.cost import RankCost, rank_cost
+from cphandler.plan.cost import RankCost, product, rank_cost
 from cphandler.plan.plan import Needs, Plan, make_plan, ring_hops
 from cphandler.plan.tasks import task_counts, visibility
 from cphandler.tokens.documents import Documents, Offsets
@@ -30,6 +30,8 @@ from cphandler.tokens.metadata import StreamMetadata
 
 COMM_TYPES: dict[str, Needs] = {"p2p": "stages", "ring": "hops", "all_gather": "tasks"}
 """Ways for keys to reach queries, and what each needs in its plan; trading heads moves no key rows by a plan."""
+
+_TILE = "pass the rows of the kernel's tile, such as 128, or None to count pairs"
 
 
 def plan_batch(
@@ -59,11 +61,13 @@ def plan_batch(
             fit the documents.
     """
     if not isinstance(cp_size, int) or isinstance(cp_size, bool):
-        raise InvalidTypeError("cp_size must be an int", got=repr(cp_size))
+        raise InvalidTypeError("cp_size must be an int", got=repr(cp_size), fix="pass a number of ranks")
     if cp_size < 1:
-        raise InvalidValueError("cp_size must be at least 1", got=cp_size)
+        raise InvalidValueError("cp_size must be at least 1", got=cp_size, fix="pass a number of ranks")
     if not isinstance(cp_comm_type, str):
-        raise InvalidTypeError("cp_comm_type must be a string", got=repr(cp_comm_type))
+        raise InvalidTypeError(
+            "cp_comm_type must be a string", got=repr(cp_comm_type), fix=f"choose one of {', '.join(COMM_TYPES)}"
+        )
     comm_type = {"allgather": "all_gather"}.get(name := cp_comm_type.strip().lower().replace("-", "_"), name)
     if comm_type not in COMM_TYPES:
         raise InvalidValueError(
@@ -71,6 +75,10 @@ def plan_batch(
             got=repr(cp_comm_type),
             fix=f"choose one of {', '.join(COMM_TYPES)}; Ulysses trades heads, whatever the mask",
         )
+    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool)):
+        raise InvalidTypeError("tile must be an int or None", got=repr(tile), fix=_TILE)
+    if tile is not None and tile < 1:
+        raise InvalidValueError("tile must be at least 1", got=tile, fix=_TILE)
     documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
     stream = StreamMetadata(documents, None, documents.max_length)
     seen = make_mask(mask)
@@ -167,8 +175,8 @@ class BatchPlan:
             needed=self.load.rows,
             received=received,
             layout_seconds=self.layout_seconds,
-            forward_bytes=None if row is None else received * row[0],
-            both_bytes=None if row is None else 2 * received * row[0] + returned * row[1],
+            forward_bytes=None if row is None else product(received, row[0]),
+            both_bytes=None if row is None else product(received, 2 * row[0]) + product(returned, row[1]),
             tasks=tasks,
             plan_seconds=seconds,
         )
@@ -215,7 +223,8 @@ class PlanStats:
         cp_comm_type: how keys reach the queries.
         num_tokens: global tokens S, padding included.
         num_documents: documents, empty ones included.
-        area: ``[P]`` pairs of a query of the rank and a key that it sees.
+        area: ``[P]`` pairs of a query of the rank and a key that it sees. Pairs and bytes are int64, or Python integers
+            (dtype object) where all of them together are more than that holds.
         needed: ``[P]`` distinct key rows of other ranks that its queries see: the least that any exchange can bring.
         received: ``[P]`` key rows of other ranks that reach it in a forward pass; under ``"p2p"`` those needed.
         layout_seconds: time it took to make the layout.
@@ -247,8 +256,8 @@ class PlanStats:
     @property
     def area_balance(self) -> float:
         """Largest area of a rank over the mean: 1 is level, P is all on one rank."""
-        total = int(self.area.sum())
-        return int(self.area.max()) * self.cp_size / total if total else 1.0
+        area = self.area.tolist()
+        return max(area) * self.cp_size / sum(area) if sum(area) else 1.0
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:

@@ -5,7 +5,8 @@ Counted from bands and spans without listing a task, so that layouts can be comp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -14,12 +15,16 @@ from cphandler.plan.tasks import Pieces, query_pieces
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
 from cphandler.tokens.intervals import Table, expand, offsets_of
 
+MOST_PAIRS = 1 << 62
+"""Pairs and bytes are counted in int64 where all of them together are fewer, and in Python's integers otherwise."""
+
 
 class RankCost(NamedTuple):
     """What falls to each rank; both columns are ``[P]``.
 
     Attributes:
-        area: pairs of a query of the rank and a key that it sees, on any rank.
+        area: pairs of a query of the rank and a key that it sees, on any rank. Four thousand million causal tokens have
+            more of them than int64 holds; the column is one of Python integers (dtype object) then.
         rows: distinct key rows of other ranks that the rank's queries see: what direct sends bring it, to the row.
     """
 
@@ -45,12 +50,15 @@ def rank_cost(bands: Table, queries: Layout, keys: Layout) -> RankCost:
     """
     bands = tightened(bands)
     area, rows = np.zeros((2, queries.cp_size), dtype=np.int64)
+    wide = _may_overflow(bands)
+    if wide:
+        area = _unlimited(area)
     plain = queries.strides | keys.strides <= {1} and not (queries.replicated or keys.replicated)
     for ranks in [range(queries.cp_size)] if plain else [[rank] for rank in range(queries.cp_size)]:
         seen = []
         for spans in queries.tables(ranks):
             pieces = query_pieces(bands, spans)
-            np.add.at(area, pieces.spans[:, RANK], _area(pieces))
+            np.add.at(area, pieces.spans[:, RANK], _area(pieces, _unlimited if wide else np.asarray))
             seen.append(_seen(pieces))
         if not seen:
             continue
@@ -58,7 +66,24 @@ def rank_cost(bands: Table, queries: Layout, keys: Layout) -> RankCost:
         np.add.at(rows, runs.ranks, runs.stops - runs.starts)
         for spans in keys.tables(ranks):
             np.subtract.at(rows, runs.ranks, _held(runs, spans, keys.num_tokens))
-    return RankCost(area, rows)
+    return RankCost(_unlimited(area) if sum(area.tolist()) >= MOST_PAIRS else area.astype(np.int64), rows)
+
+
+def product(column: Table, factor: int) -> Table:
+    """A column times a number: int64 where all of it together fits twice, Python's integers otherwise."""
+    fits = 2 * sum(column.tolist()) * int(factor) < MOST_PAIRS
+    return column * factor if fits else _unlimited(column) * int(factor)
+
+
+def _unlimited(column: Table) -> Table:
+    """The same numbers as Python's, which know no limit."""
+    return cast(Table, column.astype(object))
+
+
+def _may_overflow(bands: Table) -> bool:
+    """Whether sums over the pairs of some bands, with all that adds up to them, may be past int64."""
+    rows, keys = (bands[:, Q1] - bands[:, Q0]).astype(float), (bands[:, K1] - bands[:, K0]).astype(float)
+    return float(rows @ (rows + keys)) > MOST_PAIRS / 8
 
 
 def _bounds(pieces: Pieces) -> tuple[Table, Table]:
@@ -69,11 +94,12 @@ def _bounds(pieces: Pieces) -> tuple[Table, Table]:
     return lo, hi
 
 
-def _area(pieces: Pieces) -> Table:
+def _area(pieces: Pieces, numbers: Callable[[Table], Table]) -> Table:
     """Pairs in each piece: the row that is i-th sees keys from ``max(K0, q + lo)`` to ``min(K1 - 1, q + hi)``."""
-    bands, (lo, hi) = pieces.bands, _bounds(pieces)
-    rows, stride, keys = pieces.stop - pieces.first, pieces.spans[:, STRIDE], bands[:, K1] - bands[:, K0]
-    first = bands[:, Q0] - bands[:, K0]
+    bands = pieces.bands
+    rows, stride = numbers(pieces.stop - pieces.first), numbers(pieces.spans[:, STRIDE])
+    lo, hi = map(numbers, _bounds(pieces))
+    keys, first = numbers(bands[:, K1] - bands[:, K0]), numbers(bands[:, Q0] - bands[:, K0])
     late = np.clip(-(-(keys - 1 - first - hi) // stride), 0, rows)  # rows before this one end with a key q + hi
     ends = late * (first + hi) + stride * (late * (late - 1) // 2) + (rows - late) * (keys - 1)
     early = np.clip(-(-(-first - lo) // stride), 0, rows)  # rows before this one begin with the first key

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cphandler.layouts.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout
+from cphandler.layouts.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout, cut_by_spans
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
-from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, expand, overlaps, table
+from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, expand, table
 
 OWNER, Q, NQ, K, NK, TASK_LO, TASK_HI = range(7)
 """Columns of a task table: the rank that owns the keys, query rows ``[q, q + nq)`` of the rank that computes, key rows
@@ -47,21 +47,6 @@ def cut(
     return np.concatenate(tasks), np.concatenate(ranks)
 
 
-def _ceil_div(a: Table, b: Table) -> Table:
-    return -(-a // b)
-
-
-def _cut(starts: Table, stops: Table, spans: Table) -> tuple[Table, Table, Table, Table]:
-    """Where intervals meet spans: ``(interval, span, first, stop)``, the last two indices inside the span."""
-    ends = spans[:, START] + (spans[:, LENGTH] - 1) * spans[:, STRIDE] + 1
-    interval, span = overlaps(starts, stops, spans[:, START], ends)
-    start, stride = spans[span, START], spans[span, STRIDE]
-    first = np.maximum(_ceil_div(starts[interval] - start, stride), 0)
-    stop = np.minimum(_ceil_div(stops[interval] - start, stride), spans[span, LENGTH])
-    keep = first < stop
-    return interval[keep], span[keep], first[keep], stop[keep]
-
-
 class Pieces(NamedTuple):
     """Bands cut by query spans: each band tightened to its rows, and the rows ``[first, stop)`` of their span."""
 
@@ -73,7 +58,7 @@ class Pieces(NamedTuple):
 
 def query_pieces(bands: Table, queries: Table) -> Pieces:
     """Bands cut by spans that do not interleave; every row of a piece sees a key, and at stride 1 every key is seen."""
-    band, span, first, stop = _cut(bands[:, Q0], bands[:, Q1], queries)
+    band, span, first, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], queries)
     start, stride = queries[span, START], queries[span, STRIDE]
     pieces = bands[band]
     pieces[:, Q0] = start + first * stride
@@ -96,14 +81,14 @@ def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
 
     The bounds are converted by stride and offset here, once; then rows that see nothing are trimmed.
     """
-    piece, span, k_first, k_stop = _cut(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
+    piece, span, k_first, k_stop = cut_by_spans(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
     bands, q_spans, k_spans = pieces.bands[piece], pieces.spans[piece], key_spans[span]
     q_first, nq, nk = pieces.first[piece], (pieces.stop - pieces.first)[piece], k_stop - k_first
     stride = np.maximum(q_spans[:, STRIDE], k_spans[:, STRIDE])  # a span of one row says 1, and has any
     offset = (k_spans[:, START] + k_first * k_spans[:, STRIDE]) - (q_spans[:, START] + q_first * q_spans[:, STRIDE])
     local = np.stack([np.zeros_like(nq), nq, np.zeros_like(nk), nk, bands[:, LO], bands[:, HI]], axis=1)
     bounded = bands[:, LO] > -UNBOUNDED
-    local[bounded, LO] = _ceil_div(bands[bounded, LO] - offset[bounded], stride[bounded])
+    local[bounded, LO] = -(-(bands[bounded, LO] - offset[bounded]) // stride[bounded])
     bounded = bands[:, HI] < UNBOUNDED
     local[bounded, HI] = (bands[bounded, HI] - offset[bounded]) // stride[bounded]
     trimmed, kept = _trimmed(local)
