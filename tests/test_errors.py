@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from cphandler import (
     Bands,
@@ -115,11 +116,46 @@ def test_construction(case: tuple[Callable[[], Any], type[Exception], str]) -> N
     assert isinstance(caught.value, CPError)
 
 
-def test_config_refuses_unknown_settings() -> None:
-    with pytest.raises(ValueError, match="Extra inputs"):
-        CPConfig(kernal="auto")  # type: ignore[call-arg]
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a misspelt name": ({"kernal": "auto"}, "no setting is called 'kernal'; choose among kernel, deterministic, "),
+    "a kernel without a name": ({"kernel": " "}, "a kernel has a name; leave it at 'auto'"),
+    "a kernel by number": ({"kernel": 3}, "should be a valid string"),
+    "a word for a bool": ({"deterministic": "yes"}, "should be a valid boolean"),
+    "a number for a bool": ({"deterministic": 1}, "should be a valid boolean"),
+    "another word": ({"check_consistency": "sometimes"}, "should be 'always', 'first', 'never' or 'each_call'"),
+    "a bool of a word": ({"check_consistency": True}, "should be 'always', 'first'"),
+    "a bool of seconds": ({"timeout": True}, "should be a valid number"),
+    "no seconds": ({"timeout": 0}, "should be greater than or equal to 0.001"),
+    "less than a transport counts": ({"timeout": 1e-6}, "should be greater than or equal to 0.001"),
+    "seconds in words": ({"timeout": "3"}, "should be a valid number"),
+    "for ever": ({"timeout": float("inf")}, "should be a finite number"),
+    "no number of seconds": ({"timeout": float("nan")}, "should be a finite number"),
+    "longer than a clock goes": ({"timeout": 1e300}, "should be less than or equal to 1000000000"),
+    "a bool of rows": ({"tile": True}, "should be a valid integer"),
+    "half a row": ({"tile": 1.5}, "should be a valid integer"),
+    "no rows": ({"tile": 0}, "should be greater than or equal to 1"),
+    "ranks in words": ({"ulysses_degree": "2"}, "should be a valid integer"),
+    "no ranks": ({"ulysses_degree": 0}, "should be greater than or equal to 1"),
+    "a dtype for its name": ({"gradient_wire_dtype": torch.bfloat16}, "should be 'float32', 'bfloat16' or 'float16'"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS.values(), ids=SETTINGS.keys())
+def test_settings(case: tuple[dict[str, Any], str]) -> None:
+    settings, message = case
+    with pytest.raises(ValidationError, match=message):
+        CPConfig(**settings)
+
+
+def test_a_config_is_frozen_and_takes_whole_numbers_of_seconds() -> None:
+    config = CPConfig(timeout=3, kernel="mine", tile=128, ulysses_degree=2)
+    assert config.timeout == 3.0
     with pytest.raises(ValueError, match="frozen"):
-        CPConfig().kernel = "torch"  # type: ignore[misc]
+        config.kernel = "torch"  # type: ignore[misc]
+    for config_of in (lambda: CPConfig.model_validate({"tile": "4"}), lambda: CPConfig.model_validate_json('{"x": 1}')):
+        with pytest.raises(ValidationError):
+            config_of()
+    assert CPConfig.model_validate_json('{"timeout": 3, "check_consistency": "never"}').timeout == 3.0
 
 
 def heads(n: int, rows: int = 12, d: int = 8, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -61,7 +61,7 @@ class Subject:
         handler_cls = handler_class(backend)
         if not (isinstance(handler_cls, type) and issubclass(handler_cls, ContextParallelHandler)):
             raise TypeError(f"{backend} is not a ContextParallelHandler")
-        settings = CPConfig.model_validate(dict(config)).model_dump(include=set(config))
+        settings = CPConfig.model_validate_strings(dict(config), strict=False).model_dump(include=set(config))
         if not handler_cls.__module__.startswith("cphandler."):  # a name registered here is not known to the ranks
             backend = f"{handler_cls.__module__}:{handler_cls.__qualname__}"
         return cls(backend, handler_cls, tuple(sizes) or SIZES, heads, tuple(settings.items()))
