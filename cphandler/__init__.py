@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.errors import InvalidTypeError as InvalidTypeError
     from cphandler.errors import InvalidValueError as InvalidValueError
     from cphandler.errors import MissingPackageError as MissingPackageError
+    from cphandler.errors import RankLostError as RankLostError
     from cphandler.errors import RankMismatchError as RankMismatchError
     from cphandler.errors import UnsupportedError as UnsupportedError
     from cphandler.handler.contract import ContextParallelHandler as ContextParallelHandler
@@ -107,6 +108,7 @@ _MODULES: dict[str, str] = {
     "PrefixLM": "tokens.masks",
     "PrefixTree": "tokens.masks",
     "PrefixWindow": "tokens.masks",
+    "RankLostError": "errors",
     "RankMismatchError": "errors",
     "SharedQuestion": "tokens.masks",
     "SlidingWindow": "tokens.masks",

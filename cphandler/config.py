@@ -23,8 +23,8 @@ class CPConfig(BaseModel):
         check_consistency: when to compare across ranks: ``"always"``, before the first exchange of every handler, with
             what the ranks have done since the last comparison; ``"first"``, for the first handler of a group;
             ``"never"``; ``"each_call"``, before each call and each backward pass, for debugging.
-        timeout: seconds, a millisecond at least, that the check waits for the slowest rank; None leaves it to the
-            process group.
+        timeout: seconds, a millisecond at least, that the check and each exchange wait for the slowest rank; None
+            leaves it to the process group's own limit. Exchanges over NCCL always leave it to the group's.
         ulysses_degree: ranks of the inner group under ``a2a+p2p`` and ``a2a+ring`` over a flat group; None takes the
             smallest divisor of the group's size that is at least its square root.
         tile: rows of the attention kernel's tile, 128 say. The ``balanced`` layout then counts a task's area in whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CPError(Exception):
     """Base of every error this library raises on purpose.
@@ -43,3 +45,21 @@ class MissingPackageError(CPError, ImportError):
 
 class RankMismatchError(InvalidValueError):
     """The ranks of one group do not hold the same batch, or one of them refused it."""
+
+
+class RankLostError(CPError, RuntimeError):
+    """A rank did not do its part of an exchange: it is late, it raised or ended, or the link to it is cut.
+
+    Whatever was under way is lost, so that messages no longer match: make the process group again.
+
+    Attributes:
+        ranks: the ranks of the group that this one waited for; empty where the transport cannot tell.
+        late: True where time ran out, False where the connection was closed.
+    """
+
+    def __init__(
+        self, what: str, *, got: object = None, fix: str | None = None, ranks: Sequence[int] = (), late: bool = False
+    ) -> None:
+        super().__init__(what, got=got, fix=fix)
+        self.ranks = list(ranks)
+        self.late = late

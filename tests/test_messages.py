@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,6 +283,24 @@ def special_views() -> None:
 
 def test_lazy_views(ranks: RankPool) -> None:
     ranks.run(special_views)
+
+
+def largest_of_some() -> list[float]:
+    """One rank has NaN; one number; two parts of a group."""
+    group = partition_group([range(4)])
+    assert group is not None
+    rank, name = dist.get_rank(group), str(group.group_name)
+    values = torch.tensor([float("nan") if rank == 2 else rank, -1.0 - rank])
+    largest = collectives.maximum(values, name)
+    part = collectives.maximum(torch.tensor(float(rank)), sub_group_name(name, range(rank % 2, 4, 2)))
+    assert part.shape == ()
+    return [*largest.tolist(), part.item()]
+
+
+def test_the_largest_is_the_same_everywhere(ranks: RankPool) -> None:
+    for rank, (first, second, part) in enumerate(ranks.run(largest_of_some)):
+        assert math.isnan(first)
+        assert (second, part) == (-1.0, 2.0 + rank % 2)
 
 
 def no_run_of_memory() -> str:

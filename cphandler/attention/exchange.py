@@ -179,16 +179,17 @@ def _circulate(plan: Plan, rows: Rows, group_name: str) -> Iterator[tuple[int, R
         return
     collectives.connect(group_name, rows[0].device)
     held, spare = _Buffer.of(rows), _Buffer.empty_like(rows)
-    for step in range(size):
-        owner, upcoming = (rank - step) % size, (rank - step - 1) % size
-        transfer = collectives.post(
-            [(held.flat, (rank + 1) % size)] if last[owner] > step else [],
-            [(spare.flat, (rank - 1) % size)] if step + 1 < size and last[upcoming] > step else [],
-            group_name,
-        )
-        yield step, rows if step == 0 else held.rows
-        transfer.wait()
-        held, spare = spare, held
+    with collectives.ended_on_error(group_name):  # a caller that raises over a block never asks for the next one
+        for step in range(size):
+            owner, upcoming = (rank - step) % size, (rank - step - 1) % size
+            transfer = collectives.post(
+                [(held.flat, (rank + 1) % size)] if last[owner] > step else [],
+                [(spare.flat, (rank - 1) % size)] if step + 1 < size and last[upcoming] > step else [],
+                group_name,
+            )
+            yield step, rows if step == 0 else held.rows
+            transfer.wait()
+            held, spare = spare, held
 
 
 class _TravellingGradients:
@@ -287,15 +288,18 @@ def _block_of(plan: Plan, stage: int, rows: Rows, grads: Rows) -> Block:
 def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
     """Yield ``(stage, rows received)``, stage -1 for what is here; None where this rank receives nothing in a stage."""
     plan = route.plan
-    if len(plan.stages):
-        collectives.connect(route.group_name, rows[0].device)
-    upcoming = _posted(route, 0, rows)
-    yield -1, rows
-    for stage in range(len(plan.stages)):
-        transfer, received = upcoming
-        transfer.wait()
-        upcoming = _posted(route, stage + 1, rows)
-        yield stage, None if received is None else received.rows
+    if not len(plan.stages):
+        yield -1, rows
+        return
+    collectives.connect(route.group_name, rows[0].device)
+    with collectives.ended_on_error(route.group_name):  # a caller that raises over a block never asks for the next one
+        upcoming = _posted(route, 0, rows)
+        yield -1, rows
+        for stage in range(len(plan.stages)):
+            transfer, received = upcoming
+            transfer.wait()
+            upcoming = _posted(route, stage + 1, rows)
+            yield stage, None if received is None else received.rows
 
 
 def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, _Buffer | None]:
@@ -406,7 +410,8 @@ class GatherExchange(Exchange):
     def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
         """Gather again (a layer keeps only its own rows), yield the blocks, reduce-scatter their gradients."""
         everyone = home[0].new_zeros(route.plan.cp_size, sum(row.numel() for row in home))
-        yield from _gathered_blocks(route, rows, _Gathered(everyone, [row.shape for row in home]))
+        with collectives.ended_on_error(route.group_name):
+            yield from _gathered_blocks(route, rows, _Gathered(everyone, [row.shape for row in home]))
         mine = _Buffer(_summed(route, everyone), [row.shape for row in home])
         for own, part in zip(home, mine.rows, strict=True):
             own.add_(part)

@@ -8,7 +8,10 @@ values, never half-done transfers. Pure data movement goes as bytes, so that any
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler.comm.traffic import record_sent
-from cphandler.errors import InvalidValueError, RankMismatchError
+from cphandler.errors import InvalidValueError, RankLostError, RankMismatchError
 from cphandler.precision import accumulator_dtype
 
 
@@ -30,21 +33,32 @@ class Members(NamedTuple):
         size: how many.
         rank: this process's place among them.
         peers: their ranks in the group, in order.
+        limit: seconds that one wait may take; None leaves it to the group.
     """
 
     group: dist.ProcessGroup
     size: int
     rank: int
     peers: range
+    limit: float | None = None
 
 
 def sub_group_name(group_name: str, peers: range) -> str:
     """A name under which every operation of this module is between some ranks of a group.
 
-    Messages go through the group itself, so that nothing has to be made, by anybody. In collectives all ranks of the
-    group take part, each with its own part of it; parts do not overlap.
+    Messages go through the group itself, so that nothing has to be made, by anybody. On NCCL all ranks of the group
+    take part in collectives, each with its own part of it; parts do not overlap.
     """
     return f"{group_name}#{peers.start}:{peers.stop}:{peers.step}" if group_name else ""
+
+
+def limited_name(group_name: str, limit: float | None) -> str:
+    """A name under which every operation of this module waits so many seconds for a rank, and no longer.
+
+    The limit goes with the name, not with the group: handlers of one group may have different ones, and a backward pass
+    has that of its forward pass.
+    """
+    return group_name if limit is None or not group_name else f"{group_name}#{limit!r}s"
 
 
 def members(group_name: str) -> Members:
@@ -53,13 +67,15 @@ def members(group_name: str) -> Members:
     Raises:
         InvalidValueError: the group was destroyed or never made in this process.
     """
-    name, _, part = group_name.partition("#")
+    name, *additions = group_name.split("#")
     group = process_group(name)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    if not part:
-        return Members(group, size, rank, range(size))
-    peers = range(*map(int, part.split(":")))
-    return Members(group, len(peers), peers.index(rank), peers)
+    limit, peers = None, range(dist.get_world_size(group))
+    for addition in additions:
+        if addition.endswith("s"):
+            limit = float(addition[:-1])
+        else:
+            peers = range(*map(int, addition.split(":")))
+    return Members(group, len(peers), peers.index(dist.get_rank(group)), peers, limit)
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -89,8 +105,8 @@ def transports(group: dist.ProcessGroup) -> dict[str, str]:
     return dict(part.split(":", 1) for part in dist.get_backend_config(group).split(","))
 
 
-def _gathers_by_sends(device: torch.device, group: dist.ProcessGroup) -> bool:
-    """True on gloo, whose own all-gather is several times slower than its sends."""
+def _on_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Whether the host itself moves and waits for what is on a device."""
     return transports(group).get(device.type) == "gloo"
 
 
@@ -120,18 +136,156 @@ def connect(group_name: str, device: torch.device) -> None:
 
 
 class Transfer:
-    """Sends and receives that are under way; holds what they need until :meth:`wait`."""
+    """Sends and receives that are under way; holds what they need until :meth:`wait`.
 
-    def __init__(self, works: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-        self._works = list(works)
-        self._tensors = list(tensors)
+    Args:
+        works: what the transport handed out.
+        tensors: what must stay alive.
+        at: where a work is with one peer each (gloo), the members.
+        peers: and which of them.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Any] = (),
+        tensors: Sequence[Tensor] = (),
+        at: Members | None = None,
+        peers: Sequence[int] = (),
+    ) -> None:
+        self._works, self._tensors = list(works), list(tensors)
+        self._at, self._peers = at, list(peers)
 
     def wait(self) -> None:
-        """Block (on CUDA: make the stream wait) until every part is done."""
-        for work in self._works:
-            work.wait()
-        self._works.clear()
-        self._tensors.clear()
+        """Block (on CUDA: make the stream wait) until every part is done.
+
+        Raises:
+            RankLostError: on gloo, a peer did not do its part in time, or its connection is closed.
+        """
+        try:
+            if self._at is None:
+                for work in self._works:
+                    work.wait()
+            else:
+                self._wait_for_peers(self._at)
+        finally:
+            for held in (self._works, self._tensors, self._peers):
+                held.clear()
+
+    def _wait_for_peers(self, at: Members) -> None:
+        deadline = None if at.limit is None else time.monotonic() + at.limit
+        with ended_on_error(at):
+            for i, (peer, work) in enumerate(zip(self._peers, self._works, strict=True)):
+                try:
+                    _finish(work, deadline)
+                except RuntimeError as error:
+                    later = zip(self._peers[i + 1 :], self._works[i + 1 :], strict=True)
+                    others = [other for other, work in later if not _done(work)] if _is_late(error) else []
+                    raise _lost(at, [peer, *others], error) from error
+
+
+def _finish(work: Any, deadline: float | None) -> None:
+    """Block until a work is done.
+
+    Raises:
+        RuntimeError: it failed, or did not finish before the deadline.
+    """
+    if deadline is None:
+        finished = work.wait()
+    else:  # torch takes less than a millisecond for no limit at all
+        finished = work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+    if finished is False:
+        raise RuntimeError("the work was aborted")
+
+
+def _is_late(error: RuntimeError) -> bool:
+    """Whether a wait ran out of time; gloo then has closed all connections of the group, else only that of one peer."""
+    return "timed out" in str(error).lower()
+
+
+def _done(work: Any) -> bool:
+    """Whether a work had finished; where it had not, gloo closes all connections of the group."""
+    try:
+        _finish(work, 0.0)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _lost(at: Members, peers: Sequence[int], error: RuntimeError) -> RankLostError:
+    """What to raise when an exchange fails; ends the group's connections.
+
+    Args:
+        at: the members.
+        peers: the members whose part is not done.
+        error: what the transport said.
+    """
+    late, closed = _is_late(error), _end(at)
+    closed = [rank for rank in closed if rank in at.peers] or closed
+    ranks = sorted({at.peers[peer] for peer in peers}) if late or not closed else closed
+    named, me = _named(ranks), at.peers[at.rank]
+    return RankLostError(
+        f"rank {me} of the context-parallel group waited for {named} in an exchange",
+        got=_answer(late, at.limit),
+        fix=f"look at the first error of {named}; then make the process group again, since what was under way is lost",
+        ranks=ranks,
+        late=late,
+    )
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {', '.join(map(str, ranks))}" if ranks else "some rank"
+
+
+def _answer(late: bool, limit: float | None) -> str:
+    """What came in place of a rank's part."""
+    if not late:
+        return "a closed connection: it ended, raised, or has itself given up waiting"
+    return "nothing within the group's own time limit" if limit is None else f"nothing within {limit:g} seconds"
+
+
+_END_TAG = 720_720
+"""Tag of the message that is never sent. With several network devices gloo chooses one by the tag's remainder: this one
+goes where tag 0 goes, for any number of devices up to 16."""
+
+
+def _end(at: Members) -> list[int]:
+    """Close this rank's connections in a gloo group, so that whoever waits for it raises at once.
+
+    What was under way no longer reads or writes anybody's memory afterwards. Gloo closes a group's connections where a
+    wait runs out of time: so this waits a millisecond for a message that nobody sends.
+
+    Returns:
+        Ranks of the group whose connection had been closed before.
+    """
+    waits, closed = [], []
+    for rank in range(dist.get_world_size(at.group)):
+        try:
+            if rank != at.peers[at.rank]:
+                nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
+                waits.append(dist.irecv(nothing, group=at.group, group_src=rank, tag=_END_TAG))
+        except RuntimeError:
+            closed.append(rank)
+    for work in waits:
+        _done(work)
+    return closed
+
+
+@contextmanager
+def ended_on_error(among: Members | str) -> Iterator[None]:
+    """Where the block raises, end the connections of a gloo group: this rank cannot do its part any more.
+
+    The other ranks' waits then raise at once, and name this rank. On NCCL transfers go on until the group's own limit.
+
+    Args:
+        among: members, or their name.
+    """
+    try:
+        yield
+    except BaseException:
+        at = members(among) if isinstance(among, str) else among
+        if "gloo" in transports(at.group).values():
+            _end(at)
+        raise
 
 
 def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group_name: str) -> Transfer:
@@ -142,21 +296,39 @@ def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, i
 
     Args:
         sends: tensors of any dtype and strides, and the rank each goes to.
-        receives: contiguous tensors, and the rank whose bytes each is filled with.
+        receives: contiguous tensors of the same device, and the rank whose bytes each is filled with.
         group_name: the group.
 
     Raises:
         InvalidValueError: a tensor to receive into that is not contiguous.
+        RankLostError: on gloo, the connection to a peer is closed.
     """
     plain = [(tensor.resolve_conj().resolve_neg().contiguous(), peer) for tensor, peer in sends if tensor.numel()]
     outgoing = [(_bytes(tensor), peer) for tensor, peer in plain]
     incoming = [(_bytes(tensor), peer) for tensor, peer in receives if tensor.numel()]
-    group, _, _, ranks = members(group_name)
-    operations = [dist.P2POp(dist.isend, part, group=group, group_peer=ranks[peer]) for part, peer in outgoing]
-    operations += [dist.P2POp(dist.irecv, part, group=group, group_peer=ranks[peer]) for part, peer in incoming]
     record_sent("send", sum(part.nbytes for part, _ in outgoing), len(outgoing))
-    works = dist.batch_isend_irecv(operations) if operations else []
-    return Transfer(works, [part for part, _ in [*outgoing, *incoming]])
+    return _posted(outgoing, incoming, members(group_name)) if outgoing or incoming else Transfer()
+
+
+def _posted(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], at: Members) -> Transfer:
+    """Start to move bytes."""
+    tensors, peers = zip(*sends, *receives, strict=True)
+    operations = [dist.isend] * len(sends) + [dist.irecv] * len(receives)
+    if not _on_gloo(tensors[0].device, at.group):
+        batch = [
+            dist.P2POp(operation, tensor, group=at.group, group_peer=at.peers[peer])
+            for operation, tensor, peer in zip(operations, tensors, peers, strict=True)
+        ]
+        return Transfer(dist.batch_isend_irecv(batch), tensors)
+    works: list[Any] = []
+    with ended_on_error(at):
+        for operation, tensor, peer in zip(operations, tensors, peers, strict=True):
+            to_or_from = {"group_dst" if operation is dist.isend else "group_src": at.peers[peer]}
+            try:
+                works.append(operation(tensor, group=at.group, **to_or_from))
+            except RuntimeError as error:
+                raise _lost(at, [peer], error) from error
+    return Transfer(works, tensors, at, peers)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -197,14 +369,39 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
     received = x.new_empty((sum(recv_counts), *x.shape[1:]))
     if 0 in x.shape[1:]:
         return received
-    group, size, rank, peers = members(group_name)
-    sent = _bytes_of_rows(x.contiguous())
-    record_sent("all_to_all", sent.nbytes - send_counts[rank] * sent.shape[1], size - 1)
-    receives, sends = ([0] * dist.get_world_size(group) for _ in range(2))
-    for i, peer in enumerate(peers):
+    at = members(group_name)
+    sent, arriving = _bytes_of_rows(x.contiguous()), _bytes_of_rows(received)
+    record_sent("all_to_all", sent.nbytes - send_counts[at.rank] * sent.shape[1], at.size - 1)
+    receives, sends = ([0] * dist.get_world_size(at.group) for _ in range(2))
+    for i, peer in enumerate(at.peers):
         receives[peer], sends[peer] = recv_counts[i], send_counts[i]
-    dist.all_to_all_single(_bytes_of_rows(received), sent, receives, sends, group=group)
+    if not _on_gloo(x.device, at.group):
+        dist.all_to_all_single(arriving, sent, receives, sends, group=at.group)
+        return received
+    marks = _Marks(arriving.split(recv_counts), at.rank)
+    with ended_on_error(at):
+        work = dist.all_to_all_single(arriving, sent, receives, sends, group=at.group, async_op=True)
+        try:
+            _finish(work, None if at.limit is None else time.monotonic() + at.limit)
+        except RuntimeError as error:
+            raise _lost(at, marks.unwritten(), error) from error
     return received
+
+
+class _Marks:
+    """Random bytes where each peer's part will end: an exchange that fails as a whole then shows whose did not come."""
+
+    _MARK = torch.frombuffer(bytearray(os.urandom(16)), dtype=torch.uint8)
+
+    def __init__(self, parts: Sequence[Tensor], own: int) -> None:
+        ends = {peer: part.reshape(-1)[-len(self._MARK) :] for peer, part in enumerate(parts) if peer != own}
+        self._ends = {peer: end for peer, end in ends.items() if len(end)}
+        for end in self._ends.values():
+            end.copy_(self._MARK[: len(end)])
+
+    def unwritten(self) -> list[int]:
+        """The peers whose part has not come."""
+        return [peer for peer, end in self._ends.items() if torch.equal(end, self._MARK[: len(end)])]
 
 
 @torch.library.custom_op("cphandler::exchange_rows", mutates_args=())
@@ -229,12 +426,12 @@ def all_gather(x: Tensor, group_name: str) -> Tensor:
 
     The backward pass is :func:`reduce_scatter`.
     """
-    group, size, rank, _ = members(group_name)
+    group, size, rank, _, _ = members(group_name)
     gathered = x.new_empty((size * len(x), *x.shape[1:]))
     if x.numel() == 0:
         return gathered
     x = x.contiguous()
-    if _gathers_by_sends(x.device, group) or size < dist.get_world_size(group):
+    if _on_gloo(x.device, group) or size < dist.get_world_size(group):  # gloo's own is several times slower
         parts = gathered.chunk(size)
         parts[rank].copy_(x)
         peers = [peer for peer in range(size) if peer != rank]
@@ -266,7 +463,7 @@ def ring_shift(x: Tensor, shift: int, group_name: str) -> Tensor:
 
     The backward pass is the shift the other way.
     """
-    _, size, rank, _ = members(group_name)
+    _, size, rank, _, _ = members(group_name)
     if shift % size == 0:
         return x.clone(memory_format=torch.contiguous_format)
     received = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -289,51 +486,44 @@ def maximum(x: Tensor, group_name: str) -> Tensor:
     return everyone.amax(0)
 
 
-def agree(payload: bytes, group_name: str, timeout: float | None) -> list[bytes]:
+def agree(payload: bytes, group_name: str) -> list[bytes]:
     """Every rank's payload, in rank order: the one tiny collective behind the consistency check.
 
     Args:
-        payload: bytes of one length on all ranks.
-        group_name: the group.
-        timeout: seconds to wait for a rank; None leaves it to the group's own limit.
+        payload: bytes of one length on all ranks, not all of them zero: by that a rank that has come is known.
+        group_name: the group; the limit in its name counts once for all ranks together.
 
     Raises:
-        RankMismatchError: some ranks did not come in time; names them where the transport can.
+        RankMismatchError: some ranks did not come in time, or have ended; names them where the transport can.
     """
-    group = process_group(group_name)
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device_of(group))
-    everyone = mine.new_empty((size, len(mine)))
-    limit = None if timeout is None else timedelta(seconds=timeout)
-    peers = [peer for peer in range(size) if peer != rank]
-    sends: list[Any] = []
-    if _gathers_by_sends(mine.device, group):
-        everyone[rank] = mine
-        sends = [dist.isend(mine, group=group, group_dst=peer) for peer in peers]
-        waits = {peer: dist.irecv(everyone[peer], group=group, group_src=peer) for peer in peers}
-    else:
-        waits = {-1: dist.all_gather([*everyone], mine, group=group, async_op=True)}
+    at = members(group_name)
+    mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device_of(at.group))
+    everyone = mine.new_zeros((at.size, len(mine)))
+    everyone[at.rank] = mine
+    peers = [peer for peer in range(at.size) if peer != at.rank]
     record_sent("check", mine.nbytes * len(peers), len(peers))
-    missing = [peer for peer, work in waits.items() if not _wait(work, limit)]
-    if missing:
-        who = "some rank" if missing == [-1] else f"rank {', '.join(map(str, missing))}"
-        raise RankMismatchError(
-            f"{who} of the context-parallel group did not reach the consistency check of rank {rank}",
-            got=f"nothing within {timeout} seconds" if timeout else "no answer within the group's own time limit",
-            fix="every rank of the group must run the same steps; look at the first error of the ranks named",
-        )
-    for work in sends:
-        work.wait()
+    try:
+        if _on_gloo(mine.device, at.group) or at.size < dist.get_world_size(at.group):
+            _posted([(mine, peer) for peer in peers], [(everyone[peer], peer) for peer in peers], at).wait()
+        else:
+            work = dist.all_gather([*everyone], mine, group=at.group, async_op=True)
+            _finish(work, None if at.limit is None else time.monotonic() + at.limit)
+    except RankLostError as error:
+        away = [at.peers[peer] for peer in peers if not everyone[peer].any()] if error.late else error.ranks
+        raise _absent(at, away or error.ranks, late=error.late) from error
+    except RuntimeError as error:
+        raise _absent(at, [], late=True) from error
     return [bytes(row) for row in everyone.cpu().numpy()]
 
 
-def _wait(work: Any, limit: timedelta | None) -> bool:
-    """True when the work finished; a transport raises RuntimeError when its peer is gone or too late."""
-    try:
-        finished = work.wait(limit) if limit is not None else work.wait()
-    except RuntimeError:
-        return False
-    return finished is not False
+def _absent(at: Members, ranks: list[int], *, late: bool) -> RankMismatchError:
+    named = _named(ranks)
+    return RankMismatchError(
+        f"{named} of the context-parallel group did not reach the consistency check of rank {at.peers[at.rank]}",
+        got=_answer(late, at.limit),
+        fix="every rank of the group must run the same steps; look at the first error of the ranks named, and make the "
+        "process group again",
+    )
 
 
 def _all_gather_into(output: Tensor, x: Tensor, group: dist.ProcessGroup) -> None:

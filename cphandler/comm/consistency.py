@@ -44,11 +44,11 @@ class Consistency:
 
     Args:
         group: the group.
-        config: says when to compare (``check_consistency``) and how long to wait (``timeout``).
+        config: says when to compare (``check_consistency``); how long to wait is in the group's name.
     """
 
     def __init__(self, group: CPGroup, config: CPConfig) -> None:
-        self._group, self._timeout = group, config.timeout
+        self._group = group
         mode = config.check_consistency
         connected = group.size > 1 and bool(group.name)
         self.active = connected and mode != "never" and not (mode == "first" and group.source in _settled_groups)
@@ -58,7 +58,7 @@ class Consistency:
 
     @property
     def _journal(self) -> Journal:
-        return journal_of(collectives.process_group(self._group.name))
+        return journal_of(collectives.members(self._group.name).group)
 
     def note(self, call: str) -> None:
         """Remember a call that is not compared before it is made.
@@ -102,9 +102,7 @@ class Consistency:
         self.pending = self._each_call
         status = "" if error is None else f"{type(error).__name__}: {error}"
         facts = {**facts, "calls before": str(self._journal)} if self._keeps_journal else facts
-        answers = [
-            _unpacked(payload) for payload in collectives.agree(_packed(facts, status), self._group.name, self._timeout)
-        ]
+        answers = [_unpacked(payload) for payload in collectives.agree(_packed(facts, status), self._group.name)]
         if error is not None:
             return
         refused = {rank: words["refused"] for rank, (_, words) in enumerate(answers) if words.get("refused")}

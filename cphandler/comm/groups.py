@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from cphandler.comm.collectives import device_of, maximum, sub_group_name
+from cphandler.comm.collectives import device_of, limited_name, maximum, sub_group_name
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.tokens.counts import checked_count
 
@@ -42,7 +42,8 @@ class CPGroup:
     Attributes:
         size: ranks in the group (P).
         rank: this process's rank in it.
-        name: the name under which torch finds the process group; empty where there is none.
+        name: the name under which :mod:`cphandler.comm.collectives` finds it, its time limit included; empty where
+            there is none.
         source: what the caller passed.
         degree: size of the inner dim of a 2-D mesh; None for anything else.
     """
@@ -67,18 +68,24 @@ class TwoLevels:
     inner: CPGroup
 
 
-def resolve_group(cp_group: GroupSource, *, two_level: bool = False) -> CPGroup:
+def resolve_group(cp_group: GroupSource, *, two_level: bool = False, timeout: float | None = None) -> CPGroup:
     """Size, rank and name of a group, a device mesh, or None for one rank.
 
     Args:
         cp_group: a process group, a 1-D mesh, something with a size and a rank, or None.
         two_level: also take a 2-D (outer, inner) mesh, as the group of all its ranks.
+        timeout: seconds that an operation under this name waits for a rank; None leaves it to the group.
 
     Raises:
         InvalidTypeError: something else.
         InvalidValueError: this process is not in the group or the mesh, the group was destroyed, a mesh of several
             dims, or a size and a rank that no group has.
     """
+    group = _resolved(cp_group, two_level)
+    return replace(group, name=limited_name(group.name, timeout))
+
+
+def _resolved(cp_group: GroupSource, two_level: bool) -> CPGroup:
     if cp_group is None:
         return CPGroup(1, 0, "", None)
     source: Any = cp_group

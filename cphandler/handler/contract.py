@@ -100,7 +100,7 @@ class ContextParallelHandler(ABC):
         if qkv_format not in ("sbhd", "bshd", "thd"):
             raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
         self.qkv_format: Format = qkv_format
-        self.ranks = resolve_group(cp_group, two_level=self.two_level)
+        self.ranks = resolve_group(cp_group, two_level=self.two_level, timeout=self.config.timeout)
         self._check_local_cp_size(local_cp_size)
         self._mask = make_mask(mask)
         offsets = {
