@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -17,10 +18,12 @@ from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
 from cphandler.sharding.dispatch import DispatchGrad, GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
-from cphandler.sharding.shard import Fragments, ShardFacts
+from cphandler.sharding.shard import Fragments, ShardFacts, device_copy
 from cphandler.tokens.documents import Documents, Offsets
-from cphandler.tokens.masks import Mask, make_mask
+from cphandler.tokens.intervals import Table
+from cphandler.tokens.masks import Mask, implied_positions, make_mask
 from cphandler.tokens.metadata import StreamMetadata, dense_streams, packed_streams
+from cphandler.tokens.positions import PositionIds, checked_positions
 from cphandler.tracing import untraced
 
 if TYPE_CHECKING:
@@ -53,6 +56,10 @@ class ContextParallelHandler(ABC):
         max_seqlen_q: dense formats: the global sequence length S, required. ``thd``: at least the longest physical
             document, which is the default.
         max_seqlen_kv: the same for keys; dense formats: another length means cross attention.
+        position_ids: positions for rope, in place of those that restart with each document or that the mask implies:
+            global, from 0, the same on every rank. ``thd``: ``[T]`` or ``[1, T]``, or ``[A, T]`` for A rotary axes, as
+            in M-RoPE. Dense formats: ``[S]`` or ``[B, S]``, or ``[A, B, S]``. Of the query stream; keys of cross
+            attention have the positions of their documents. Rolls, masks and layouts go by documents as ever.
         key_padding_mask: dense formats: ``[B, S]`` bool over the keys, True for a real token; left padding, right
             padding and holes are all exact. In self attention it says which queries are real too.
         cross_attention: True makes a key stream even where its documents are as long as the queries'; None leaves it to
@@ -87,6 +94,7 @@ class ContextParallelHandler(ABC):
         cu_seqlens_kv_padded: Offsets | None = None,
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
+        position_ids: PositionIds | None = None,
         key_padding_mask: Tensor | None = None,
         cross_attention: bool | None = None,
         local_cp_size: int | None = None,
@@ -116,7 +124,9 @@ class ContextParallelHandler(ABC):
             queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask, cross=cross_attention)
         self.queries: StreamMetadata = queries
         self.keys: StreamMetadata = keys
-        self.device = self._device(cu_seqlens_q, key_padding_mask)
+        self._named_positions = None if position_ids is None else self._checked_positions(position_ids)
+        self._local_positions: dict[torch.device, Tensor] = {}
+        self.device = self._device(cu_seqlens_q, key_padding_mask, position_ids)
         self.prepare(layout)
 
     def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
@@ -129,6 +139,24 @@ class ContextParallelHandler(ABC):
             raise UnsupportedError(
                 f"{type(self).__name__} brings its own layout", got=repr(layout), fix="pass layout=None"
             )
+
+    def _checked_positions(self, position_ids: PositionIds, name: str = "position_ids") -> Table:
+        rows = None if self.queries.padded_rows is None else self.queries.padded_rows.num_documents
+        length, packed = self.queries.documents.num_tokens, self.qkv_format == "thd"
+        return checked_positions(position_ids, length, packed=packed, rows=rows, name=name)
+
+    @cached_property
+    def global_positions(self) -> Table | None:
+        """``[..., S]`` positions of the query stream where the caller named them or the mask implies them, else None.
+
+        Read-only. See ``position_ids`` among the arguments; a mask implies ``[T]``, or ``[B, S]`` where rows of a dense
+        batch differ.
+        """
+        if self._named_positions is not None or self.is_cross_attention:
+            return self._named_positions
+        implied = implied_positions(self.mask, self.queries.documents, self.queries.padded_rows)
+        name = f"the positions that {type(self.mask).__name__} implies"
+        return None if implied is None else self._checked_positions(implied, name)
 
     def _check_local_cp_size(self, local_cp_size: int | None) -> None:
         if local_cp_size is not None and local_cp_size != self.cp_size:
@@ -219,13 +247,17 @@ class ContextParallelHandler(ABC):
 
     @property
     def position_ids(self) -> Tensor:
-        """``[L]`` int64 position of each local row in its document; the caller's own copy."""
-        return self.shard().position_ids
+        """``[L]`` int64 position of each local row in its document; the caller's own copy.
+
+        Where ``position_ids`` were given, or the mask implies some, these, cut in their last dim: ``[L]``, ``[B, L]``,
+        ``[A, L]`` or ``[A, B, L]``, 0 in pad rows.
+        """
+        return self._positions_on(self.device, "q").clone()
 
     @property
     def kv_position_ids(self) -> Tensor:
-        """The key stream's :attr:`position_ids`."""
-        return self.shard("kv").position_ids
+        """The key stream's :attr:`position_ids`; the query stream's in self attention."""
+        return self._positions_on(self.device, "kv").clone()
 
     @property
     def valid_mask(self) -> Tensor:
@@ -392,7 +424,9 @@ class ContextParallelHandler(ABC):
         Args:
             tensor: queries or keys in ``qkv_format``.
             freqs: angles in radians, ``[L, R]`` or ``[L, 1, 1, R]`` with R the whole rotary dim, or a pair (cos, sin),
-                from :meth:`get_emb_on_this_cp_rank`. Channels from R on pass through.
+                from :meth:`get_emb_on_this_cp_rank`. Channels from R on pass through. Where rows of a dense batch have
+                angles of their own, ``[B, L, R]`` or ``[B, L, 1, 1, R]``, batch first in either format; ``[1, L, R]``
+                serves every batch and ``thd``.
             interleaved: channels are paired (0, 1), (2, 3), ... instead of (i, i + R / 2).
             mscale: factor on cos and sin.
             inverse: undo the rotation.
@@ -420,12 +454,17 @@ class ContextParallelHandler(ABC):
 
     @untraced
     def get_rotary_seq_len(self, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> int:
-        """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank."""
+        """Rows a rope table needs: the longest physical document, or every packed token. Global on every rank.
+
+        Where positions were named, or the mask implies some, one more than the largest of the whole batch.
+        """
         check_stream(stream)
         if freqs_mode not in ("per_document", "packed"):
             raise InvalidValueError("unknown freqs_mode", got=repr(freqs_mode), fix="choose per_document or packed")
-        documents = self._stream(stream).documents
-        return documents.num_tokens if freqs_mode == "packed" else documents.max_length
+        documents, own = self._stream(stream).documents, self._own_positions(stream)
+        if freqs_mode == "packed":
+            return documents.num_tokens
+        return documents.max_length if own is None else int(own.max(initial=-1)) + 1
 
     def get_emb_on_this_cp_rank(self, emb: Freqs, *, freqs_mode: FreqsMode = "per_document", stream: str = "q") -> Any:
         """The rows of a rope table that belong to this rank's tokens.
@@ -437,7 +476,10 @@ class ContextParallelHandler(ABC):
             stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
-            ``L`` rows in the shape of ``emb``; a pair for a pair.
+            The row of each local token, in the shape of :attr:`position_ids`: ``[L, R]``, or ``[B, L, R]`` where
+            positions differ between rows of the batch; with A rotary axes ``[A, L, R]`` or ``[A, B, L, R]``, for the
+            model to join its sections of them to one table. ``[..., 1, 1, R]`` in place of R where ``emb`` has that
+            form, a pair for a pair. ``"packed"`` rows are always ``[L, R]``.
 
         Raises:
             InvalidValueError: a table that is too short.
@@ -453,16 +495,35 @@ class ContextParallelHandler(ABC):
                     got=f"{part.shape[0]} rows, {needed} needed",
                     fix=f"build it with get_rotary_seq_len(freqs_mode={freqs_mode!r}) rows",
                 )
-        local = [part.index_select(0, self._table_rows(freqs_mode, part.device, stream)) for part in tables]
+        local = [_chosen_rows(part, self._table_rows(freqs_mode, part.device, stream)) for part in tables]
         return tuple(local) if isinstance(emb, tuple) else local[0]
 
+    def _own_positions(self, stream: str) -> Table | None:
+        """``[..., S]`` positions of a stream that do not follow from its documents."""
+        return None if stream == "kv" and self.is_cross_attention else self.global_positions
+
+    @untraced
+    def _positions_on(self, device: torch.device, stream: str) -> Tensor:
+        """Local positions on a device, not to be written to."""
+        own = self._own_positions(stream)
+        if own is None:
+            return self._document_positions(device, stream)
+        if device not in self._local_positions:
+            with torch.inference_mode(mode=False):  # a batch may train later
+                self._local_positions[device] = self.dispatch(device_copy(own, device), -1)
+        return self._local_positions[device]
+
+    def _document_positions(self, device: torch.device, stream: str) -> Tensor:
+        """``[L]`` position of each local row in its document, on a device, not to be written to."""
+        return self.shard(stream).position_ids.to(device)
+
     def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
-        """``[L]`` row of the rope table for each local row; a handler with ``"packed"`` tables overrides this."""
+        """``[..., L]`` row of the rope table for each local row; a handler with ``"packed"`` tables overrides this."""
         if freqs_mode == "packed":
             raise UnsupportedError(
                 f"{type(self).__name__} has no packed rope tables", fix="use freqs_mode='per_document'"
             )
-        return self.shard(stream).position_ids.to(device)
+        return self._positions_on(device, stream)
 
     def explain_length(self, got: int, expected: int, stream: str = "q", *, elsewhere: str = "") -> str:
         """What a wrong sequence length probably means: a local tensor or local metadata where global ones belong.
@@ -485,6 +546,13 @@ class ContextParallelHandler(ABC):
         if expected == length and self.cp_size > 1 and -(-got // self.cp_size) == length:
             return f"{looks_local}; it looks local"
         return f"{metadata} says that the sequence has {length} tokens, {local} on each rank; {looks_local}"
+
+
+def _chosen_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """``table[rows]``; zeros where there are no positions to have angles, and pad rows nonetheless."""
+    if not len(table):
+        return table.new_zeros(*rows.shape, *table.shape[1:])
+    return table.index_select(0, rows.reshape(-1)).view(*rows.shape, *table.shape[1:])
 
 
 def check_stream(stream: str) -> None:

@@ -144,8 +144,12 @@ class LayoutHandler(ContextParallelHandler):
 
     @untraced
     def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
-        name = "positions" if freqs_mode == "per_document" else "tokens"
-        return self.shards[stream].tensor(name, device).clamp(min=0)
+        if freqs_mode == "packed":
+            return self.shards[stream].tensor("tokens", device).clamp(min=0)
+        return self._positions_on(device, stream)
+
+    def _document_positions(self, device: torch.device, stream: str) -> Tensor:
+        return self.shards[stream].tensor("positions", device)
 
     def agree(self, call: str = "agree", error: Exception | None = None) -> None:
         """Check that all ranks of the group hold this batch and did the same; does nothing after the first time.
@@ -175,6 +179,9 @@ class LayoutHandler(ContextParallelHandler):
                 f"layout{of}": f"{layout.name} of {layout.num_local_tokens} rows {digest(layout.fingerprint)}",
             }
         facts["mask"] = self.shown_mask(self.mask)
+        facts["positions"] = "of the documents"
+        if self._named_positions is not None:  # what a mask implies, its bands say
+            facts["positions"] = f"{list(self._named_positions.shape)} {shown(self._named_positions)}"
         facts["config"] = repr(self.config.model_dump(exclude={"timeout"}))
         return facts
 
@@ -251,7 +258,9 @@ class LayoutHandler(ContextParallelHandler):
     ) -> Tensor:
         """See :meth:`ContextParallelHandler.rope`."""
         check_stream(stream)
-        return rotate(tensor, freqs, seq_dim=self.seq_dim, interleaved=interleaved, mscale=mscale, inverse=inverse)
+        batch_dim = None if self.qkv_format == "thd" else 1 - self.seq_dim
+        pairing: dict[str, Any] = {"interleaved": interleaved, "mscale": mscale, "inverse": inverse}
+        return rotate(tensor, freqs, seq_dim=self.seq_dim, batch_dim=batch_dim, **pairing)
 
     def _checked_dim(self, method: str, tensor: Any, seq_dim: Any, stream: str, *, local: bool) -> int:
         check_stream(stream)

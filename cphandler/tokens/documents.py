@@ -45,7 +45,7 @@ class Documents:
         object.__setattr__(self, "runs", frozen(self._checked_runs()))
 
     def _checked_runs(self) -> Table:
-        runs = _integers(self.runs, "runs", "pass [start, stop) of each run of real tokens")
+        runs = host_integers(self.runs, "runs", "pass [start, stop) of each run of real tokens")
         runs = runs.astype(np.int64)
         flat = runs.reshape(-1)
         wanted = "ascending, disjoint [start, stop) pairs, none empty and none across documents"
@@ -332,7 +332,7 @@ def _kind(value: object) -> object:
     return value.dtype if _is_plain(value) else f"a {value.layout} tensor on {value.device.type}"
 
 
-def _integers(values: object, name: str, fix: str) -> npt.NDArray[Any]:
+def host_integers(values: object, name: str, fix: str) -> npt.NDArray[Any]:
     """A host array of integers of any kind, perhaps the caller's own memory.
 
     Raises:
@@ -403,7 +403,7 @@ def checked_offsets(values: Offsets, name: str) -> Table:
         InvalidTypeError: not integers (float and bool included).
         InvalidValueError: not 1-D, empty, not starting at 0, decreasing, or past any batch.
     """
-    array = _integers(values, name, "pass int32 or int64 offsets such as [0, 5, 12]")
+    array = host_integers(values, name, "pass int32 or int64 offsets such as [0, 5, 12]")
     if array.ndim != 1:
         raise InvalidValueError(
             f"{name} must be 1-D",

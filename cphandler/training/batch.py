@@ -13,6 +13,7 @@ from torch import Tensor
 from cphandler.errors import CPError, InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler, check_stream
 from cphandler.sharding.dispatch import filler
+from cphandler.tensors import where_rows_are
 
 METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length")
 """Keys that start so are metadata of the global batch (Megatron's names and Hugging Face's) and stay as they are."""
@@ -140,12 +141,13 @@ class _Cutter:
         return self.handler.dispatch(value, dim, pad_value=self._pad_value(key), stream=self._stream(key))
 
     def positions(self, key: str, tokens: Tensor, dim: int | None) -> Tensor:
-        """The layout's positions in the shape of local tokens."""
-        shape = [1] * tokens.dim()
-        shape[dim or 0] = -1
+        """The handler's positions in the shape of local tokens; of A rotary axes, A such shapes in front."""
         positions = self.handler.position_ids if self._stream(key) == "q" else self.handler.kv_position_ids
-        spread = positions.to(tokens.device).view(shape).expand(tokens.shape)
-        return spread.clone(memory_format=torch.contiguous_format)
+        positions = positions.to(tokens.device)
+        most = 1 if self.handler.qkv_format == "thd" else 2
+        if positions.dim() > most:
+            return torch.stack([_spread(axis, tokens, dim or 0) for axis in positions])
+        return _spread(positions, tokens, dim or 0)
 
     def _stays_whole(self, key: str, value: Any) -> bool:
         if value is None:
@@ -184,7 +186,8 @@ class _Cutter:
         forms = "[T, ...] or [1, T, ...]" if handler.qkv_format == "thd" else "[B, S, ...]"
         why = "the sequence is missing"
         if exists:
-            why = handler.explain_length(value.shape[dim], length, self._stream(key))
+            elsewhere = where_rows_are(value.shape, dim % value.dim(), length)
+            why = handler.explain_length(value.shape[dim], length, self._stream(key), elsewhere=elsewhere)
         raise InvalidValueError(
             f"batch[{key!r}] must have {length} rows in dim {dim}",
             got=f"shape {list(value.shape)}",
@@ -214,6 +217,16 @@ class _Cutter:
     def _length(self, key: str) -> int:
         documents = self.handler.documents if self._stream(key) == "q" else self.handler.kv_documents
         return documents.num_tokens
+
+
+def _spread(positions: Tensor, tokens: Tensor, dim: int) -> Tensor:
+    """Positions ``[L]``, or ``[B, L]``, in the shape of tokens with the sequence in ``dim``."""
+    shape = [1] * tokens.dim()
+    shape[dim] = positions.shape[-1]
+    if positions.dim() == 2:
+        shape[1 - dim] = len(positions)
+        positions = positions if dim == 1 else positions.T
+    return positions.reshape(shape).expand(tokens.shape).clone(memory_format=torch.contiguous_format)
 
 
 _FORMS = {
