@@ -19,6 +19,7 @@ from cphandler.layouts.placement import LayoutSpec
 from cphandler.sharding.dispatch import DispatchGrad, GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
 from cphandler.sharding.shard import Fragments, ShardFacts, device_copy
+from cphandler.tokens.counts import checked_count
 from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.masks import Mask, implied_positions, make_mask
@@ -159,11 +160,12 @@ class ContextParallelHandler(ABC):
         return None if implied is None else self._checked_positions(implied, name)
 
     def _check_local_cp_size(self, local_cp_size: int | None) -> None:
-        if local_cp_size is not None and local_cp_size != self.cp_size:
+        way_out = "pass the group this batch uses; cp_group=None for local_cp_size=1"
+        if local_cp_size is not None and checked_count("local_cp_size", local_cp_size, fix=way_out) != self.cp_size:
             raise InvalidValueError(
                 "local_cp_size must be the size of cp_group",
                 got=f"{local_cp_size} with a group of {self.cp_size}",
-                fix="pass the group this batch uses; cp_group=None for local_cp_size=1",
+                fix=way_out,
             )
 
     def _device(self, *metadata: object) -> torch.device:

@@ -42,7 +42,7 @@ def filler(value: object, like: Tensor) -> complex:
 
     Args:
         value: a number of Python's or numpy's.
-        like: a tensor of the dtype that is to hold it; of a bool tensor, whether it is 0.
+        like: a tensor of the dtype that is to hold it; a bool tensor holds True, False, 1 and 0.
 
     Raises:
         InvalidTypeError: not a number.
@@ -77,8 +77,9 @@ def _holds(dtype: torch.dtype, number: complex) -> bool:
         return dtype.itemsize > 1 or str(_rounded(number, dtype).item()) == str(float(number))
     if dtype.is_floating_point:
         return abs(number) <= torch.finfo(dtype).max
-    whole = finite and number == int(number)
-    return dtype == torch.bool or (whole and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max)
+    if dtype == torch.bool:
+        return number in (0, 1)
+    return finite and number == int(number) and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max
 
 
 def _rounded(number: complex, dtype: torch.dtype) -> Tensor:
