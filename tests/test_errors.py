@@ -287,10 +287,14 @@ def test_batch_sizes_are_compared() -> None:
         dense().core_attn(None, torch.zeros(12, 2, 2, 8), torch.zeros(12, 2, 2, 8), torch.zeros(12, 3, 2, 8))
     padded = dense(key_padding_mask=torch.ones(3, 12, dtype=torch.bool))
     x = torch.zeros(12, 2, 2, 8)
-    with pytest.raises(InvalidValueError, match="key-padding mask's 3 rows"):
+    with pytest.raises(InvalidValueError, match="of the 3 rows that the handler's masks have; got"):
         padded.core_attn(None, x, x, x)
     with pytest.raises(InvalidValueError, match="first two dims"):
         padded.roll_tensor(torch.zeros(12), -1, 0)
+    real = torch.ones(3, 12, dtype=torch.bool)
+    assert padded.core_attn(lambda *a, **k: a[0], *[torch.zeros(12, 3, 2, 8)] * 3).shape == (12, 3, 2, 8)
+    real[1, 11] = False
+    padded = dense(key_padding_mask=real)
     with pytest.raises(UnsupportedError, match="is not told of key_padding_mask"):
         padded.core_attn(lambda *a, **k: a[0], *[torch.zeros(12, 3, 2, 8)] * 3)
 

@@ -183,8 +183,8 @@ class Attention:
         self.capabilities.require(self.name, *features)
         if call.module is None:
             return
-        padded = self.host.shards.keys.padded_rows is not None
-        told = [*call.options.features, *(["key_padding_mask"] if padded else [])]
+        rows = self.host.shards.keys.padded_rows
+        told = [*call.options.features, *(["key_padding_mask"] if rows is not None and rows.has_padding else [])]
         if told:
             raise UnsupportedError(
                 f"a callable attn_mod is not told of {', '.join(told)}",

@@ -79,7 +79,7 @@ class TensorRules:
             batch_dim = 0 if self.qkv_format == "bshd" else 1
             sizes = [x.shape[batch_dim] for x in (query, key, value)]
             if len(set(sizes)) > 1 or (self.batch is not None and sizes[0] != self.batch):
-                want = f" of the key-padding mask's {self.batch} rows" if self.batch is not None else ""
+                want = f" of the {self.batch} rows that the handler's masks have" if self.batch is not None else ""
                 raise InvalidValueError(f"query, key and value must have one batch size{want}", got=sizes)
         heads, key_heads, value_heads = (x.shape[-2] for x in (query, key, value))
         if key_heads != value_heads:

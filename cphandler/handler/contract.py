@@ -66,7 +66,8 @@ class ContextParallelHandler(ABC):
         cross_attention: True makes a key stream even where its documents are as long as the queries'; None leaves it to
             the lengths, False refuses others.
         local_cp_size: dynamic context parallelism: how many ranks this batch uses; must be the size of ``cp_group``.
-        mask: ``"causal"``, ``"full"`` or a :class:`Mask`.
+        mask: ``"causal"``, ``"full"`` or a :class:`Mask`. Dense formats: one that has another mask, or other numbers,
+            for each document (``PerDocument((m0, m1))``) has them for the rows of the batch.
         layout: a name (``"zigzag"``, ``"contiguous"``, ``"striped"``, ``"balanced"``, ``"replicated"``), a
             :class:`Balanced` mix of masks, a :class:`Layout`, or None for the class's default; a pair of them for the
             two streams of cross attention.
@@ -122,7 +123,10 @@ class ContextParallelHandler(ABC):
         if qkv_format == "thd":
             queries, keys = packed_streams(offsets, lengths, key_padding_mask, cross=cross_attention)
         else:
-            queries, keys = dense_streams(qkv_format, offsets, lengths, key_padding_mask, cross=cross_attention)
+            rows = self._mask.num_documents
+            queries, keys = dense_streams(
+                qkv_format, offsets, lengths, key_padding_mask, cross=cross_attention, rows=rows
+            )
         self.queries: StreamMetadata = queries
         self.keys: StreamMetadata = keys
         self._named_positions = None if position_ids is None else self._checked_positions(position_ids)
@@ -263,7 +267,7 @@ class ContextParallelHandler(ABC):
 
     @property
     def valid_mask(self) -> Tensor:
-        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a row holds a real token; the caller's copy."""
+        """``[L]`` bool (``[B, L]`` where rows of the batch differ): True for a real token; the caller's copy."""
         return self.shard().valid_mask
 
     @property

@@ -73,7 +73,7 @@ class LayoutHandler(ContextParallelHandler):
         self._routes: dict[tuple[str, int, torch.device], RollRoute] = {}
         self._consistency = Consistency(self.ranks, self.config)
         self.attention = self.make_attention()
-        self.shards.bands(self.mask)  # a mask that does not fit the batch is refused here
+        self.shards.visible_bands(self.mask)  # a mask that does not fit the batch is refused here
 
     def _shards(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> tuple[Shard, Shard]:
         """This rank's shards of the two streams; the same object twice in self attention."""
@@ -348,7 +348,7 @@ class LayoutHandler(ContextParallelHandler):
             tensor.dim() < 2 or dim > 1 or tensor.shape[1 - dim] != copies
         ):
             raise InvalidValueError(
-                "with a key-padding mask, roll_tensor needs the batch and the sequence as the first two dims",
+                "where rows of the batch differ, roll_tensor needs the batch and the sequence as the first two dims",
                 got=f"shape {list(tensor.shape)} with the sequence in dim {dim}",
                 fix=f"pass [B, L, ...] or [L, B, ...] with B = {copies}",
             )

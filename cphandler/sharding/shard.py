@@ -52,7 +52,7 @@ class ShardFacts(Protocol):
 
     @property
     def valid_mask(self) -> Tensor:
-        """``[L]`` bool (``[B, L]`` with a key-padding mask): True where a local row holds a real token."""
+        """``[L]`` bool (``[B, L]`` where rows of the batch differ): True where a local row holds a real token."""
 
     @property
     def fragments(self) -> Fragments:
@@ -117,8 +117,8 @@ class Shard:
         documents: the documents of one row of the batch; a dense batch has one, of length S.
         layout: how the rows are spread.
         rank: this rank.
-        padded_rows: for a dense batch with a key-padding mask, the documents of all its rows laid end to end; None
-            where the batch dim is inert.
+        padded_rows: for a dense batch with a key-padding mask, or a mask of one per row, the documents of all its rows
+            laid end to end; None where the batch dim is inert.
         device: where facts are handed out.
     """
 
@@ -140,7 +140,7 @@ class Shard:
 
     @property
     def copies(self) -> int:
-        """Rows of the batch that are documents of their own: B with a key-padding mask, else 1."""
+        """Rows of the batch that are documents of their own: B where they differ, else 1."""
         return 1 if self.padded_rows is None else self.padded_rows.num_documents
 
     @property
@@ -160,7 +160,7 @@ class Shard:
 
     @property
     def valid_mask(self) -> Tensor:
-        """``[L]``, or ``[B, L]`` with a key-padding mask, bool; the caller's own."""
+        """``[L]``, or ``[B, L]`` where rows of the batch differ, bool; the caller's own."""
         return self.tensor("valid", self.device).clone()
 
     @cached_property
@@ -187,7 +187,7 @@ class Shard:
 
     @cached_property
     def valid(self) -> Flags:
-        """``[L]``, or ``[B, L]`` with a key-padding mask: True where a local row holds a real token."""
+        """``[L]``, or ``[B, L]`` where rows of the batch differ: True where a local row holds a real token."""
         shift = np.arange(self.copies, dtype=np.int64)[:, None] * self.layout.num_tokens
         valid = self.validity.is_valid(self.tokens[None] + shift) & (self.tokens >= 0)
         return valid if self.padded_rows is not None else valid[0]
@@ -273,28 +273,22 @@ class ShardPair:
         """The shard of stream ``"q"`` or ``"kv"``."""
         return self.queries if stream == "q" else self.keys
 
-    def bands(self, mask: Mask) -> Table:
-        """A mask's bands over one row of the batch, cached.
+    def visible_bands(self, mask: Mask) -> Table:
+        """A mask's bands over all rows of the batch laid end to end, cut to real tokens; cached.
 
         Raises:
             InvalidValueError: a mask that does not fit the documents.
             UnsupportedError: a mask that has no meaning across two streams.
         """
         if mask not in self._bands:
-            self._bands[mask] = mask.bands(self.queries.documents, self.keys.documents)
+            documents, rows = (self.queries.documents, self.keys.documents), None
+            if self.keys.padded_rows is not None:
+                rows = self.queries.validity, self.keys.validity
+            self._bands[mask] = visible_bands(mask, documents, rows)
         return self._bands[mask]
 
     def fingerprint(self, mask: Mask) -> bytes:
         """Bytes that two masks share where they say the same of this batch, cached."""
         if mask not in self._fingerprints:
-            self._fingerprints[mask] = hashlib.blake2b(self.bands(mask).tobytes(), digest_size=8).digest()
+            self._fingerprints[mask] = hashlib.blake2b(self.visible_bands(mask).tobytes(), digest_size=8).digest()
         return self._fingerprints[mask]
-
-    def visible_bands(self, mask: Mask) -> Table:
-        """A mask's bands over all rows of the batch laid end to end, cut to real tokens.
-
-        With a key-padding mask each row is asked about on its own: where a diagonal lies may depend on its padding.
-        """
-        padded = self.keys.padded_rows is not None
-        documents = self.queries.documents, self.keys.documents
-        return visible_bands(mask, documents, (self.queries.validity, self.keys.validity) if padded else None)

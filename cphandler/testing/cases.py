@@ -193,15 +193,27 @@ def documents_of(case: Case, stream: str = "q") -> Documents:
 
 
 def visible(case: Case) -> Tensor:
-    """Who sees whom: ``[S, S]``, or ``[B, S, S]`` with a key-padding mask."""
+    """Who sees whom: ``[S, S]``, or ``[B, S, S]`` with a key-padding mask or a mask of one per row."""
     queries = documents_of(case)
     keys = documents_of(case, "kv") if case.is_cross else None
+    if case.qkv_format != "thd" and case.mask.num_documents not in (None, 1):
+        return _visible_by_row(case)
     if case.qkv_format == "thd" or case.batch.real is None:
         return visible_pairs(case.mask, queries, key_documents=keys)
     rows = real_tokens(case.batch)
     if keys is None:
         return torch.stack([visible_pairs(case.mask, queries, row) for row in rows])
     return torch.stack([visible_pairs(case.mask, queries, key_documents=keys, key_valid=row) for row in rows])
+
+
+def _visible_by_row(case: Case) -> Tensor:
+    """``[B, S, S]``: rows of the batch as the documents of one stream, of which each sees itself alone."""
+    rows = case.mask.num_documents or 0
+    every = [valid_tokens(case, stream) for stream in ("q", "kv")]
+    queries, keys = (Documents.from_attention_mask(real.expand(rows, -1)) for real in every)
+    seen = visible_pairs(case.mask, queries, key_documents=keys if case.is_cross else None)
+    blocks = seen.view(rows, every[0].shape[-1], rows, every[1].shape[-1])
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def valid_tokens(case: Case, stream: str = "q") -> Tensor:
