@@ -23,9 +23,6 @@ class LayeredHandler(LayoutHandler):
     classes: ClassVar[tuple[type[LayoutHandler], ...]] = ()
     """One per layer."""
 
-    comm_types: ClassVar[tuple[str, ...]] = ()
-    """Its name for each layer."""
-
     @property
     def algorithm(self) -> str:
         """The comm type of every layer."""
@@ -42,33 +39,30 @@ class LayeredHandler(LayoutHandler):
 
 
 @lru_cache
-def layered(
-    classes: tuple[type[ContextParallelHandler], ...], comm_types: tuple[str, ...]
-) -> type[ContextParallelHandler]:
-    """The class with these algorithms, one per layer, and their names; the same class for the same list.
+def layered(classes: tuple[type[ContextParallelHandler], ...]) -> type[ContextParallelHandler]:
+    """The class with these algorithms, one per layer; the same class for the same list.
 
     Raises:
         InvalidTypeError: a class with a layout or a ``core_attn`` of its own.
     """
-    own = tuple(_sharing(handler_cls, comm_type) for handler_cls, comm_type in zip(classes, comm_types, strict=True))
+    own = tuple(_sharing(handler_cls) for handler_cls in classes)
     tables = [handler_cls.capabilities for handler_cls in own]
     layouts = tuple(name for name in tables[0].layouts if all(name in table.layouts for table in tables))
     features = frozenset.intersection(*(table.features for table in tables))
     features |= {"ulysses_degree"} if any("ulysses_degree" in table.features for table in tables) else set()
     table = Capabilities(layouts=layouts, features=features)
     two_level = any(handler_cls.two_level for handler_cls in own)
-    facts = {"classes": own, "comm_types": comm_types, "capabilities": table, "two_level": two_level}
-    return type("LayeredHandler", (LayeredHandler,), facts)
+    return type("LayeredHandler", (LayeredHandler,), {"classes": own, "capabilities": table, "two_level": two_level})
 
 
-def _sharing(handler_cls: type[ContextParallelHandler], comm_type: str) -> type[LayoutHandler]:
+def _sharing(handler_cls: type[ContextParallelHandler]) -> type[LayoutHandler]:
     """A class that can share a batch with others."""
     if not issubclass(handler_cls, LayoutHandler) or any(
         getattr(handler_cls, name) is not getattr(LayoutHandler, name) for name in ("prepare", "core_attn")
     ):
         raise InvalidTypeError(
             "only handlers that leave the layout and core_attn to the library can share a batch from layer to layer",
-            got=f"{handler_cls.__name__} for {comm_type!r}",
+            got=f"{handler_cls.__name__}, which has its own",
             fix="give the class an Attention of its own (attention_cls) instead of prepare() and core_attn()",
         )
     return handler_cls

@@ -357,7 +357,7 @@ def test_lists_are_checked() -> None:
         get_cp_handler_cls("local", [])
     with pytest.raises(ValueError, match="unknown backend or comm type"):
         get_cp_handler_cls("local", ["a2a", "pigeon"])
-    with pytest.raises(TypeError, match=r"leave the layout to the library .*; got LocalHandler for None"):
+    with pytest.raises(TypeError, match=r"leave the layout and core_attn to the library .*; got LocalHandler"):
         get_cp_handler_cls("local", ["a2a", None])  # type: ignore[list-item]
     handler_cls = get_cp_handler_cls("local", ["a2a", "p2p"], num_layers=2)
     assert handler_cls is get_cp_handler_cls("local", ["ulysses", "p2p"])

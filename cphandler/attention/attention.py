@@ -62,6 +62,9 @@ class Host(Protocol):
     def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
         """The result of a check, once all ranks know whether it passed and whether they make one call."""
 
+    def watched(self, x: Tensor) -> Tensor:
+        """``x`` itself, whose backward pass is a call that all ranks make alike."""
+
     def shown_mask(self, mask: Mask) -> str:
         """A mask in a few words, the same on every rank that has the same one."""
 
@@ -231,6 +234,7 @@ class Attention:
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
         plan, scalars, indices = self._prepared(call, q.device)
         out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
+        self.host.watched(out)
         largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
         return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
 

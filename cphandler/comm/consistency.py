@@ -73,18 +73,19 @@ class Consistency:
         """``x`` itself; its backward pass is a call of its own, which the journal holds and ``each_call`` compares.
 
         Args:
-            x: what the call that was noted last gave back.
+            x: what the operator of the call that was noted last gave back. Operators run backward on every rank where
+                they do on one; a rank's own gradient of ``x`` may be undefined, so that a hook on ``x`` might not.
         """
-        if not self._keeps_journal or not x.requires_grad or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self._keeps_journal or x.grad_fn is None:
             return x
         call = f"backward of call {self._journal.calls}, {self._journal.last}"
 
-        def noted(_: Tensor) -> None:
+        def noted(_: object) -> None:
             if self._each_call:
                 self.settle({"call": call})
             self.note(call)
 
-        x.register_hook(noted)
+        x.grad_fn.register_prehook(noted)
         return x
 
     def settle(self, facts: dict[str, str], error: Exception | None = None) -> None:

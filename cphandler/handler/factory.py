@@ -167,7 +167,7 @@ def _layered(backend: str, comm_types: list[str], num_layers: int | None) -> typ
         )
     layers = import_module("cphandler.backends.layered")
     classes = tuple(get_cp_handler_cls(backend, comm_type) for comm_type in comm_types)
-    made: type[ContextParallelHandler] = layers.layered(classes, tuple(comm_types))
+    made: type[ContextParallelHandler] = layers.layered(classes)
     return made
 
 

@@ -129,9 +129,11 @@ class LayoutHandler(ContextParallelHandler):
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
-        result = self.attention(attn_mod, (query, key, value), options)
-        self._consistency.watched(result if isinstance(result, Tensor) else result.out)
-        return result
+        return self.attention(attn_mod, (query, key, value), options)
+
+    def watched(self, x: Tensor) -> Tensor:
+        """``x`` itself, whose backward pass is a call that ranks make alike; see :meth:`Consistency.watched`."""
+        return self._consistency.watched(x)
 
     def shard(self, stream: str = "q") -> Shard:
         """See :meth:`ContextParallelHandler.shard`."""
