@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+import cphandler
 from cphandler import (
     Bands,
     CPConfig,
@@ -21,6 +24,7 @@ from cphandler import (
     Layout,
     LayoutHandler,
     UnsupportedError,
+    errors,
     get_batch_on_this_cp_rank,
     get_cp_handler_cls,
     record_traffic,
@@ -476,3 +480,40 @@ def test_handlers_hold_no_state_of_a_model_and_copy_metadata() -> None:
             setattr(handler, fact, None)
     with pytest.raises(InvalidTypeError, match="a name or a Layout"):
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], layout=7)  # type: ignore[arg-type]
+
+
+ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, CPError)}
+
+STILL_WITHOUT = {
+    "attention/call",
+    "attention/options",
+    "handler/contract",
+    "kernels/merge",
+    "sharding/rope",
+    "tokens/masks",
+}
+"""Files whose errors do not yet all say the way out."""
+
+
+def python_files() -> list[Path]:
+    """Every file of the package; some Pythons do not follow the link to its backends."""
+    package = Path(cphandler.__file__).parent
+    return sorted({*package.rglob("*.py"), *(package / "backends").glob("*.py")})
+
+
+def errors_without_a_fix() -> dict[str, list[int]]:
+    """Lines that make one of our errors, by name or with ``got=``, and name no way out."""
+    found: dict[str, list[int]] = {}
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            named = {keyword.arg for keyword in node.keywords}
+            ours = isinstance(node.func, ast.Name) and node.func.id in ERRORS
+            if (ours or "got" in named) and "fix" not in named:
+                found.setdefault(f"{path.parent.name}/{path.stem}", []).append(node.lineno)
+    return found
+
+
+def test_every_error_says_the_way_out() -> None:
+    assert errors_without_a_fix().keys() == STILL_WITHOUT

@@ -81,7 +81,7 @@ def test_connect_zero_loss() -> None:
     loss.backward()
     poisoned = torch.tensor(0.0) + 0.0 * hidden.sum()
     assert poisoned.isnan(), "what it replaces"
-    with pytest.raises(TypeError, match="takes tensors"):
+    with pytest.raises(TypeError, match="connects to tensors"):
         connect_zero_loss(torch.tensor(0.0), 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="floating-point"):
         connect_zero_loss(torch.tensor(1))

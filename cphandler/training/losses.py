@@ -36,10 +36,15 @@ def connect_zero_loss(loss: Tensor, *tensors: Tensor) -> Tensor:
         InvalidTypeError: not tensors, or a loss that is not floating point.
     """
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        raise InvalidTypeError("loss must be a floating-point tensor", got=getattr(loss, "dtype", type(loss).__name__))
+        got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
+        raise InvalidTypeError(
+            "loss must be a floating-point tensor", got=got, fix="call connect_zero_loss(loss, *tensors)"
+        )
     for x in tensors:
         if not isinstance(x, Tensor):
-            raise InvalidTypeError("connect_zero_loss takes tensors", got=type(x).__name__)
+            raise InvalidTypeError(
+                "connect_zero_loss connects to tensors", got=type(x).__name__, fix="pass them one by one, not in a list"
+            )
     wanted = [x for x in tensors if x.requires_grad]
     connected: Tensor = _ConnectZero.apply(loss, *wanted)  # type: ignore[no-untyped-call]
     return connected

@@ -1,0 +1,354 @@
+"""Handlers, their methods and what is called around them, with one argument at a time that makes no sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import cphandler
+from cphandler import (
+    AttentionOptions,
+    Capabilities,
+    Causal,
+    CoreAttention,
+    connect_zero_loss,
+    get_batch_on_this_cp_rank,
+    get_cp_handler_cls,
+    merge,
+)
+from tests import test_odd_batches
+from tests.nonsense import FILLERS, MOVABLE, NUMBERS, ODD, ODD_TENSORS, SCALES, WHOLE, Row, faults
+
+
+class Seat:
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 1
+
+
+def packed(**arguments: Any) -> Any:
+    return get_cp_handler_cls("local")(**{"qkv_format": "thd", "cu_seqlens_q": [0, 5, 12], **arguments})
+
+
+def two_ranks(**arguments: Any) -> Any:
+    return get_cp_handler_cls("ring")(**{"cp_group": Seat(), **arguments})
+
+
+def heads(count: int = 2, rows: int = 12) -> torch.Tensor:
+    return torch.randn(rows, count, 8)
+
+
+def qkv() -> dict[str, Any]:
+    return {"attn_mod": None, "query": heads(), "key": heads(), "value": heads()}
+
+
+HANDLER = packed()
+DENSE_HANDLER = get_cp_handler_cls("local")(qkv_format="bshd", max_seqlen_q=12)
+SEATED = two_ranks(qkv_format="thd", cu_seqlens_q=[0, 5, 12])
+ROWS: dict[str, Row] = {
+    "CoreAttention": Row(
+        lambda **given: packed().core_attn(CoreAttention(**given).eval(), heads(), heads(), heads()),
+        lambda: {"softmax_scale": 0.3, "softcap": 2.0, "dropout_p": 0.1, "num_sinks": 2, "record_max_logit": True},
+        {
+            "softmax_scale": SCALES,
+            "softcap": SCALES,
+            "dropout_p": {"half", "zero"},
+            "num_sinks": {"zero"},
+            "record_max_logit": {"True", "False"},
+        },
+    ),
+    "AttentionOptions": Row(
+        AttentionOptions,
+        lambda: {"layer_number": 1},
+        {"layer_number": {"None", "one", "five"}},
+    ),
+    "Capabilities": Row(
+        Capabilities,
+        lambda: {
+            "layouts": ("zigzag",),
+            "formats": ("thd",),
+            "features": frozenset({"sinks"}),
+            "instead": {"softcap": "leave it"},
+        },
+        {"layouts": {"an empty tuple"}, "formats": {"an empty tuple"}, "instead": {"None", "an empty mapping"}},
+    ),
+    "a packed handler": Row(
+        lambda **given: two_ranks(**given).position_ids,
+        lambda: {
+            "cp_group": None,
+            "qkv_format": "thd",
+            "cu_seqlens_q": [0, 5, 12],
+            "cu_seqlens_kv": [0, 5, 12],
+            "cu_seqlens_q_padded": [0, 8, 16],
+            "cu_seqlens_kv_padded": [0, 8, 16],
+            "max_seqlen_q": 8,
+            "max_seqlen_kv": 8,
+            "key_padding_mask": None,
+            "cross_attention": None,
+            "local_cp_size": 1,
+            "position_ids": torch.arange(16),
+            "mask": "causal",
+            "layout": "zigzag",
+            "config": None,
+        },
+        {
+            "cp_group": {"None"},
+            "cu_seqlens_kv": {"None"},
+            "cu_seqlens_kv_padded": {"None"},
+            "max_seqlen_q": {"None"},
+            "max_seqlen_kv": {"None"},
+            "key_padding_mask": {"None"},
+            "cross_attention": {"None", "True", "False"},
+            "local_cp_size": {"None", "one"},
+            "position_ids": {"None"},
+            "layout": {"None"},
+            "config": {"None"},
+        },
+    ),
+    "a dense handler": Row(
+        lambda **given: two_ranks(**given).position_ids,
+        lambda: {
+            "cp_group": Seat(),
+            "qkv_format": "bshd",
+            "cu_seqlens_q": None,
+            "max_seqlen_q": 12,
+            "max_seqlen_kv": 12,
+            "key_padding_mask": torch.ones(2, 12, dtype=torch.bool),
+            "cross_attention": False,
+            "local_cp_size": 2,
+            "position_ids": torch.arange(12).expand(2, 12),
+            "mask": Causal(),
+            "layout": None,
+        },
+        {
+            "cu_seqlens_q": {"None"},
+            "max_seqlen_kv": {"None"},
+            "key_padding_mask": {"None"},
+            "cross_attention": {"None", "False", "True"},
+            "local_cp_size": {"None"},
+            "position_ids": {"None"},
+            "layout": {"None"},
+        },
+    ),
+    "dispatch": Row(
+        HANDLER.dispatch,
+        lambda: {"tensor": heads(), "seq_dim": 0, "pad_value": 0, "stream": "q"},
+        {
+            "tensor": MOVABLE,
+            "seq_dim": {"zero"},
+            "pad_value": FILLERS,
+        },
+    ),
+    "dispatch to two ranks": Row(
+        SEATED.dispatch,
+        lambda: {"tensor": heads(), "seq_dim": 0, "pad_value": 0, "stream": "q"},
+        {
+            "tensor": MOVABLE,
+            "seq_dim": {"zero"},
+            "pad_value": FILLERS,
+        },
+    ),
+    "combine": Row(
+        HANDLER.combine,
+        lambda: {"tensor": heads(), "seq_dim": 0, "grad": "sum", "stream": "q"},
+        {"tensor": MOVABLE, "seq_dim": {"zero"}},
+    ),
+    "roll_tensor": Row(
+        HANDLER.roll_tensor,
+        lambda: {"tensor": heads(), "shifts": -1, "dims": 0, "fill_value": 0, "return_sum": True, "stream": "q"},
+        {
+            "tensor": {"None", *MOVABLE} - {"a float8 tensor"},
+            "shifts": {*WHOLE, "minus one", "minus a thousand", "huge", "minus huge"},
+            "dims": {"zero"},
+            "fill_value": FILLERS,
+            "return_sum": {"True", "False"},
+        },
+    ),
+    "rope": Row(
+        HANDLER.rope,
+        lambda: {
+            "tensor": heads(),
+            "freqs": torch.rand(12, 8),
+            "interleaved": False,
+            "mscale": 1.0,
+            "inverse": False,
+            "stream": "q",
+        },
+        {
+            "interleaved": {"True", "False"},
+            "mscale": NUMBERS - {"zero"},
+            "inverse": {"True", "False"},
+        },
+    ),
+    "rope with a pair": Row(
+        lambda cos, sin: HANDLER.rope(heads(), (cos, sin)),
+        lambda: {"cos": torch.rand(12, 8), "sin": torch.rand(12, 8)},
+        {},
+    ),
+    "apply_rotary_pos_emb": Row(
+        HANDLER.apply_rotary_pos_emb,
+        lambda: {"tensor": heads(), "freqs": torch.rand(12, 8), "config": None, "stream": "q"},
+        {"config": set(ODD)},
+    ),
+    "get_rotary_seq_len": Row(HANDLER.get_rotary_seq_len, lambda: {"freqs_mode": "packed", "stream": "q"}, {}),
+    "get_emb_on_this_cp_rank": Row(
+        HANDLER.get_emb_on_this_cp_rank,
+        lambda: {"emb": torch.rand(12, 8), "freqs_mode": "packed", "stream": "q"},
+        {},
+    ),
+    "shard": Row(HANDLER.shard, lambda: {"stream": "q"}, {}),
+    "core_attn": Row(
+        HANDLER.core_attn,
+        lambda: {
+            **qkv(),
+            "layer_number": 1,
+            "mask": "full",
+            "softmax_scale": 0.3,
+            "softcap": 2.0,
+            "sinks": torch.zeros(2),
+            "dropout_p": 0.1,
+            "dropout_seed": 3,
+            "return_lse": True,
+            "return_max_logit": True,
+        },
+        {
+            "attn_mod": {"None"},
+            "layer_number": {"one", "five"},
+            "mask": {"None"},
+            "softmax_scale": SCALES,
+            "softcap": SCALES,
+            "sinks": {"None"},
+            "dropout_p": {"None", "half", "zero"},
+            "dropout_seed": WHOLE,
+            "return_lse": {"True", "False"},
+            "return_max_logit": {"True", "False"},
+        },
+    ),
+    "core_attn of a dense batch": Row(
+        lambda **tensors: DENSE_HANDLER.core_attn(None, **tensors),
+        lambda: {name: torch.rand(2, 12, 2, 8) for name in ("query", "key", "value")},
+        {},
+    ),
+    "get_batch_on_this_cp_rank": Row(
+        get_batch_on_this_cp_rank,
+        lambda: {
+            "batch": {"tokens": torch.arange(12), "labels": torch.arange(12)},
+            "cp_handler": SEATED,
+            "seq_dims": {"tokens": 0},
+            "pad_values": {"tokens": 3},
+            "streams": {"tokens": "q"},
+        },
+        {
+            "seq_dims": {"None", "an empty mapping"},
+            "pad_values": {"None", "an empty mapping"},
+            "streams": {"None", "an empty mapping"},
+        },
+    ),
+    "an entry of a batch": Row(
+        lambda tokens: get_batch_on_this_cp_rank({"tokens": tokens}, cp_handler=SEATED),
+        lambda: {"tokens": torch.arange(12)},
+        {
+            "tokens": {
+                *NUMBERS,
+                "None",
+                "a word",
+                "no word",
+                "bytes",
+                "nan",
+                "inf",
+                "complex",
+                "True",
+                "False",
+                "minus one",
+                "minus a thousand",
+                "huge",
+                "minus huge",
+                *MOVABLE,
+            }
+        },
+    ),
+    "settings of a batch": Row(
+        lambda seq_dim, pad_value, stream: get_batch_on_this_cp_rank(
+            {"tokens": torch.arange(12)},
+            cp_handler=SEATED,
+            seq_dims={"tokens": seq_dim},
+            pad_values={"tokens": pad_value} if seq_dim is not None else None,
+            streams={"tokens": stream} if seq_dim is not None else None,
+        ),
+        lambda: {"seq_dim": 0, "pad_value": 3, "stream": "q"},
+        {
+            "seq_dim": {"zero", "minus one", "None"},
+            "pad_value": {*WHOLE, "True", "False", "minus one", "minus a thousand", "a whole float"},
+        },
+    ),
+    "get_cp_handler_cls": Row(
+        get_cp_handler_cls,
+        lambda: {"backend": "local", "cp_comm_type": ["ring", "p2p"], "num_layers": 2},
+        {"num_layers": {"None"}},
+    ),
+    "get_cp_handler_cls of one": Row(
+        get_cp_handler_cls, lambda: {"backend": "local", "cp_comm_type": "ring"}, {"cp_comm_type": {"None"}}
+    ),
+    "merge": Row(
+        merge,
+        lambda: {"out1": heads(), "lse1": torch.rand(12, 2), "out2": heads(), "lse2": torch.rand(12, 2)},
+        {},
+    ),
+    "connect_zero_loss": Row(
+        lambda loss, activations: connect_zero_loss(loss, *[activations]),
+        lambda: {"loss": torch.tensor(1.0), "activations": torch.zeros(2, requires_grad=True)},
+        {
+            "loss": {"a tensor of nothing", "a number in a tensor", "a nan in a tensor", *ODD_TENSORS},
+            "activations": {name for name in ODD if "tensor" in name} | ODD_TENSORS.keys(),
+        },
+    ),
+}
+
+ELSEWHERE = {
+    "COMMON": "a table",
+    "FEATURES": "a table",
+    "Attention": "made by handlers",
+    "AttentionCall": "made by handlers",
+    "AttentionModule": "a protocol",
+    "AttentionResult": "what core_attn returns",
+    "BatchPlan": "made by plan_batch",
+    "CPConfig": "refuses as pydantic models do",
+    "CPError": "an error",
+    "InvalidTypeError": "an error",
+    "InvalidValueError": "an error",
+    "MissingPackageError": "an error",
+    "RankLostError": "an error",
+    "RankMismatchError": "an error",
+    "UnsupportedError": "an error",
+    "ContextParallelHandler": "abstract",
+    "EngineShard": "facts of an engine",
+    "Exchange": "abstract",
+    "Fragments": "what a handler tells",
+    "Full": "takes nothing",
+    "Kernel": "abstract",
+    "LayoutHandler": "the handlers",
+    "Mask": "abstract",
+    "PlanStats": "made by plan_batch",
+    "Traffic": "made by record_traffic",
+    "available_cp_handlers": "takes nothing",
+    "record_traffic": "takes nothing",
+    "register_cp_handler": "with the registries",
+    "register_exchange": "with the registries",
+    "register_kernel": "with the registries",
+}
+"""Public names without a row, and why."""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_odd_argument(name: str) -> None:
+    told = faults(name, ROWS[name])
+    assert not told, told
+
+
+def test_every_public_name_has_a_row() -> None:
+    begun = {name.partition(".")[0] for name in (*ROWS, *test_odd_batches.ROWS)}
+    assert set(cphandler.__all__) - begun == ELSEWHERE.keys() - begun
