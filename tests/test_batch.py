@@ -288,6 +288,18 @@ WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         r"seq_dims\['x'\] must be an int or None",
     ),
     "a bool dim": ({"x": TOKENS}, {"seq_dims": {"x": False}}, InvalidTypeError, "must be an int or None; got False"),
+    "a sparse tensor": (
+        {"x": torch.zeros(13, 2).to_sparse()},
+        {},
+        InvalidTypeError,
+        r"batch\['x'\] must be a dense tensor; got torch.sparse_coo; call to_dense\(\) first",
+    ),
+    "a nested tensor": (
+        {"x": torch.nested.nested_tensor([torch.zeros(6), torch.zeros(7)], layout=torch.jagged)},
+        {},
+        InvalidTypeError,
+        r"batch\['x'\] must be an ordinary tensor; got a nested tensor",
+    ),
     "a pad by name": (
         {"x": TOKENS},
         {"pad_values": {"x": "0"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -480,6 +481,17 @@ def test_handlers_hold_no_state_of_a_model_and_copy_metadata() -> None:
             setattr(handler, fact, None)
     with pytest.raises(InvalidTypeError, match="a name or a Layout"):
         get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4], layout=7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [InvalidTypeError, InvalidValueError, UnsupportedError, errors.RankLostError])
+def test_errors_travel(kind: type[CPError]) -> None:
+    """From a worker process, by pickle or by their text alone, as data loaders send them."""
+    error = kind("layout must be a name", got=7, fix="pass 'zigzag'")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert str(again) == str(error) == "layout must be a name; got 7; pass 'zigzag'"
+    assert again.fix == "pass 'zigzag'"
+    assert str(kind(str(error))) == str(error)
 
 
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, CPError)}

@@ -13,7 +13,7 @@ from torch import Tensor
 from cphandler.errors import CPError, InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler, check_stream
 from cphandler.sharding.dispatch import filler
-from cphandler.tensors import where_rows_are
+from cphandler.tensors import check_plain, where_rows_are
 
 METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length")
 """Keys that start so are metadata of the global batch (Megatron's names and Hugging Face's) and stay as they are."""
@@ -128,6 +128,7 @@ class _Cutter:
                 got=type(value).__name__,
                 fix=f"make it a tensor, to be cut, or leave it whole with seq_dims={{{key!r}: None}}",
             )
+        check_plain(value, f"batch[{key!r}]")
         dim = self.seq_dims.get(key)
         dim = self._expected_dim(key, value) if dim is None else dim
         self._check_length(key, value, dim)
@@ -198,8 +199,6 @@ class _Cutter:
     def _check_pad_value(self, key: str, value: Tensor) -> None:
         pad_value = self._pad_value(key)
         try:
-            if not isinstance(pad_value, Number):
-                raise InvalidTypeError("a pad value must be a number", got=repr(pad_value), fix="0, say")
             filler(pad_value, value)
         except CPError as error:
             raise type(error)(
