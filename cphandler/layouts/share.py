@@ -16,16 +16,23 @@ from cphandler.layouts.pool import AREA, ROWS, Piece, Pool, Remainder
 from cphandler.layouts.workload import Unit
 
 _LOOKS = (0, 1, 2, 4, 8, 16, 32)
-"""After how many whole units a rank looks for a way to end."""
+"""After how many whole units a rank looks for a way to end.
+
+Where it looks at the start alone, a pack's area is up to 1.253; up to 4 or to 128, or at every number up to 32, changes
+no volume by more than .0001. How numbers are measured: :mod:`cphandler.layouts.balance`.
+"""
 
 _CUTS = 3
-"""Remainders considered for a cut, each time."""
+"""Remainders considered for a cut, each time. 1, 2 and 5 change no volume by more than .0004; with 1 and with 5 a pack
+on 64 ranks has an area of 1.063."""
 
 _CLOSE = 0.001
-"""A cut that misses the area by no more than this part of it, or by two rows, needs no rival."""
+"""A cut that misses the area by no more than this part of it, or by two rows, needs no rival. With 0 all is the same;
+with .01 a pack on 64 ranks has an area of 1.066."""
 
 _AHEAD = 8
-"""Remainders considered at either end of the pool."""
+"""Remainders considered at either end of the pool. With 2 the volume on 64 ranks is .1159; with 32 it is the same, and
+a pack's area 1.018."""
 
 
 class _Finish(NamedTuple):

@@ -119,9 +119,12 @@ class BatchPlan:
         Under ``"all_gather"`` keys are counted in their owner's rows.
 
         Raises:
+            InvalidTypeError: a rank that is no int.
             InvalidValueError: a rank that there is not.
             UnsupportedError: a replicated layout, or one whose spans have several strides.
         """
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            raise InvalidTypeError("rank must be an int", got=repr(rank), fix=f"ranks are 0 to {self.cp_size - 1}")
         if not 0 <= rank < self.cp_size:
             raise InvalidValueError("there is no such rank", got=rank, fix=f"ranks are 0 to {self.cp_size - 1}")
         self._refuse_replicated()
