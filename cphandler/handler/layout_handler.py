@@ -133,6 +133,10 @@ class LayoutHandler(ContextParallelHandler):
         self._consistency.watched(result if isinstance(result, Tensor) else result.out)
         return result
 
+    def _shared_with_copies(self) -> list[object]:
+        layouts = self.shards.queries.layout, self.shards.keys.layout
+        return [*super()._shared_with_copies(), self.shards, *layouts]
+
     def shard(self, stream: str = "q") -> Shard:
         """See :meth:`ContextParallelHandler.shard`."""
         return self.shards[stream]
