@@ -255,3 +255,36 @@ def test_forward_mode_on_one_rank() -> None:
 
     _, actual = torch.func.jvp(program, (x,), (tangent,))
     assert_close(actual, torch.func.jvp(dense, (x,), (tangent,))[1], what="the tangent on one rank")
+
+
+def twice() -> None:
+    """Attention by the library's kernels is differentiated once; a callable's as often as torch can."""
+    case = Case("ulysses", 2, batch=BATCH, heads=(2, 2))
+    group, seed = group_of(case)
+    rows = random(seed, 13, 2, 4)
+    for backend in ("ring", "ulysses"):
+        handler = make_handler(Case(backend, 2, batch=BATCH), group)
+        local = handler.dispatch(rows, 0).requires_grad_()
+        (gradient,) = torch.autograd.grad(handler.core_attn(None, local, local, local).sum(), local, create_graph=True)
+        with pytest.raises(UnsupportedError, match="core_attn cannot be differentiated again; pass a callable"):
+            gradient.sum().backward()
+    handler = make_handler(case, group)
+    seen = visible_pairs(handler.mask, handler.documents)
+
+    def own(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return dense_attention(q, k, v, seen, qkv_format="thd")[0]
+
+    def second(x: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+        (gradient,) = torch.autograd.grad(whole(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.pow(3).sum(), x)[0]
+
+    def whole(x: Tensor) -> Tensor:
+        local = handler.dispatch(x, 0)
+        return handler.combine(handler.core_attn(own, local, local, local), 0)
+
+    rows.requires_grad_()
+    assert_close(second(rows, whole), second(rows, lambda x: own(x, x, x)), what="a second derivative under Ulysses")
+
+
+def test_attention_differentiated_twice(ranks: RankPool) -> None:
+    ranks.run(twice)

@@ -330,7 +330,7 @@ def _without_padding(x: Tensor, stream: StreamMetadata) -> Tensor:
 
 def _valid_offsets(stream: StreamMetadata, device: torch.device) -> Tensor:
     """``cu_seqlens`` of the real tokens."""
-    return torch.from_numpy(stream.documents.valid_offsets).to(device, torch.int32)
+    return device_copy(stream.documents.valid_offsets, device).to(torch.int32)
 
 
 def _longest(stream: StreamMetadata) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.attention.exchange import Block, Route, Rows, get_exchange, rows_of
+from cphandler.errors import UnsupportedError
 from cphandler.kernels import Kernel, Softmax, Task, get_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
@@ -418,3 +419,18 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attention_forward.register_autograd(_backward, setup_context=_save)
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _twice(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    raise UnsupportedError(
+        "gradients of core_attn cannot be differentiated again",
+        fix="pass a callable attn_mod of differentiable operations where whole documents come to a rank (local, "
+        "ulysses), or keep attention out of what is differentiated twice",
+    )
+
+
+attention_backward.register_autograd(_twice, setup_context=_save_nothing)

@@ -183,7 +183,7 @@ class CoreAttention(torch.nn.Module):
     def record(self, max_logit: Tensor) -> None:
         """Raise the running maximum to what a call has seen."""
         current = self.current_max_attn_logits
-        self.current_max_attn_logits = max_logit if current is None else torch.maximum(current, max_logit)
+        self.current_max_attn_logits = max_logit.clone() if current is None else torch.maximum(current, max_logit)
 
 
 @runtime_checkable

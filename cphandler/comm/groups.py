@@ -54,6 +54,10 @@ class CPGroup:
     source: Any
     degree: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CPGroup:
+        """Itself: whoever copies what holds a group stays in the group."""
+        return self
+
 
 @dataclass(frozen=True)
 class TwoLevels:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from cphandler.tokens.positions import PositionIds, checked_positions
 from cphandler.tracing import untraced
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 
 Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
@@ -162,6 +163,34 @@ class ContextParallelHandler(ABC):
         implied = implied_positions(self.mask, self.queries.documents, self.queries.padded_rows)
         name = f"the positions that {type(self.mask).__name__} implies"
         return None if implied is None else self._checked_positions(implied, name)
+
+    def __copy__(self) -> Self:
+        """As ``copy.deepcopy``: half a copy would share what changes from call to call."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A handler of its own over the same batch, in the same group; what cannot change is shared."""
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        memo |= {id(value): value for value in self._shared_with_copies()}
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """A handler stays in its process.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "a handler cannot be pickled: it belongs to a process group of this process",
+            got=type(self).__name__,
+            fix="send the BatchPlan that plan_batch makes, or the batch, and make the handler where it arrives",
+        )
+
+    def _shared_with_copies(self) -> list[object]:
+        """Values that never change, or only remember what follows from such."""
+        return [self.ranks, self.config, self.mask, self.queries, self.keys]
 
     def _check_local_cp_size(self, local_cp_size: int | None) -> None:
         way_out = "pass the group this batch uses; cp_group=None for local_cp_size=1"

@@ -135,6 +135,10 @@ class LayoutHandler(ContextParallelHandler):
         """``x`` itself, whose backward pass is a call that ranks make alike; see :meth:`Consistency.watched`."""
         return self._consistency.watched(x)
 
+    def _shared_with_copies(self) -> list[object]:
+        layouts = self.shards.queries.layout, self.shards.keys.layout
+        return [*super()._shared_with_copies(), self.shards, *layouts]
+
     def shard(self, stream: str = "q") -> Shard:
         """See :meth:`ContextParallelHandler.shard`."""
         return self.shards[stream]

@@ -14,7 +14,7 @@ from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import LENGTH, LOCAL, START, STRIDE, Layout
 from cphandler.sharding.order import SequenceOrder
 from cphandler.tokens.documents import Documents
-from cphandler.tokens.intervals import Flags, Table, overlaps
+from cphandler.tokens.intervals import Flags, Table, frozen, overlaps
 from cphandler.tokens.masks import Mask, visible_bands
 
 
@@ -22,7 +22,7 @@ class Fragments(NamedTuple):
     """The pieces of documents a rank holds, ascending.
 
     Piece i says that local row ``local[i] + j`` holds position ``start[i] + stride[i] * j`` of document
-    ``document[i]``, for ``j`` below ``length[i]``. Each column is ``[n]`` int64.
+    ``document[i]``, for ``j`` below ``length[i]``. Each column is ``[n]`` int64 and read-only.
     """
 
     document: Table
@@ -166,31 +166,33 @@ class Shard:
     @cached_property
     def tokens(self) -> Table:
         """``[L]`` global token of each local row; -1 for a pad row."""
-        return self.layout.positions(self.rank)
+        return frozen(self.layout.positions(self.rank))
 
     @cached_property
     def held_rows(self) -> Table:
         """``[n]`` local rows that hold a token, ascending."""
-        return np.flatnonzero(self.tokens >= 0)
+        return frozen(np.flatnonzero(self.tokens >= 0))
 
     @cached_property
     def held_tokens(self) -> Table:
         """``[n]`` global tokens of those rows."""
-        return self.tokens[self.held_rows]
+        return frozen(self.tokens[self.held_rows])
 
     @cached_property
     def positions(self) -> Table:
         """``[L]`` position of each local row in its document; 0 for a pad row."""
         held = np.maximum(self.tokens, 0)
         offsets = self.documents.offsets[self.documents.document_of(held)] if len(held) else held
-        return np.where(self.tokens >= 0, held - offsets, 0)
+        return frozen(np.where(self.tokens >= 0, held - offsets, 0))
 
     @cached_property
     def valid(self) -> Flags:
         """``[L]``, or ``[B, L]`` where rows of the batch differ: True where a local row holds a real token."""
         shift = np.arange(self.copies, dtype=np.int64)[:, None] * self.layout.num_tokens
         valid = self.validity.is_valid(self.tokens[None] + shift) & (self.tokens >= 0)
-        return valid if self.padded_rows is not None else valid[0]
+        valid = valid if self.padded_rows is not None else valid[0]
+        valid.setflags(write=False)
+        return valid
 
     def shifted_validity(self, shift: int, device: torch.device) -> Tensor:
         """``[B, L]``: where a local row and the one ``shift`` tokens before it are real, row of the batch by row."""
@@ -217,7 +219,7 @@ class Shard:
         start = starts[span] + first * stride - offsets[document]
         keep = stop > first
         columns = (document, start, stop - first, stride, spans[span, LOCAL] + first)
-        return Fragments(*(column[keep] for column in columns))
+        return Fragments(*(frozen(column[keep]) for column in columns))
 
     @cached_property
     def pad_runs(self) -> list[tuple[int, int]]:

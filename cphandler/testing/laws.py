@@ -286,7 +286,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def check_gradients_of_movement(case: Case) -> None:
-    """Backward of dispatch is the full gradient on every rank; combine's three conventions."""
+    """Backward of dispatch is the full gradient on every rank, or its own part; combine's three conventions."""
     group, seed = group_of(case)
     if seed < 0:
         return
@@ -302,6 +302,7 @@ def check_gradients_of_movement(case: Case) -> None:
             handler.dispatch(grad, 1, pad_value=float("nan"), stream=stream)
         )
         assert torch.equal(_grad(leaf), grad), f"gradient of dispatch: {case}"
+        _check_partial(case, handler, stream, x, grad)
         for convention, factor in (("replicated", 1.0), ("scaled", float(parts))):
             local = handler.dispatch(x, 1, stream=stream).clone().requires_grad_()
             handler.combine(local, -2, grad=convention, stream=stream).backward(grad)  # type: ignore[arg-type]
@@ -312,6 +313,17 @@ def check_gradients_of_movement(case: Case) -> None:
         everyone = case.cp_size * (case.cp_size + 1) // 2 if handler.sequence_sharded else 1 + handler.cp_rank
         wanted = handler.dispatch(grad * everyone, 1, stream=stream)
         assert_close(_grad(local), wanted, what=f"gradient of combine, sum: {case}")
+
+
+def _check_partial(case: Case, handler: ContextParallelHandler, stream: str, x: Tensor, grad: Tensor) -> None:
+    """A rank's part of the gradient of dispatch: that of its own rows, zeros elsewhere."""
+    leaf, tokens = x.clone().requires_grad_(), torch.arange(x.shape[1])
+    handler.dispatch(leaf, 1, grad="partial", stream=stream).backward(
+        handler.dispatch(grad, 1, pad_value=float("nan"), stream=stream)
+    )
+    own = torch.isin(tokens, handler.dispatch(tokens, 0, pad_value=-1, stream=stream))
+    wanted = torch.where(own[None, :, None], grad, 0.0)
+    assert torch.equal(_grad(leaf), wanted), f"partial gradient of dispatch: {case}"
 
 
 def _grad(leaf: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ class Documents:
         document = np.searchsorted(self.offsets, self.runs[:, 0], side="right") - 1
         lengths = np.zeros(self.num_documents, dtype=np.int64)
         np.add.at(lengths, document, self.runs[:, 1] - self.runs[:, 0])
-        return offsets_of(lengths)
+        return frozen(offsets_of(lengths))
 
     @cached_property
     def valid_starts(self) -> Table:
