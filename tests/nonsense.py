@@ -129,13 +129,6 @@ LATER: dict[str, set[str]] = {
     "CoreAttention": {"dropout_p", "num_sinks", "record_max_logit", "softcap", "softmax_scale"},
     "AttentionOptions": {"layer_number"},
     "Capabilities": {"features", "formats", "instead", "layouts"},
-    "a packed handler": {"config"},
-    "roll_tensor": {"fill_value", "return_sum", "tensor"},
-    "rope": {"freqs", "interleaved", "inverse", "mscale", "tensor"},
-    "rope with a pair": {"cos", "sin"},
-    "apply_rotary_pos_emb": {"freqs", "tensor"},
-    "get_emb_on_this_cp_rank": {"emb"},
-    "shard": {"stream"},
     "core_attn": {
         "attn_mod",
         "dropout_p",

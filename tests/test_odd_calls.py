@@ -161,7 +161,7 @@ ROWS: dict[str, Row] = {
         HANDLER.roll_tensor,
         lambda: {"tensor": heads(), "shifts": -1, "dims": 0, "fill_value": 0, "return_sum": True, "stream": "q"},
         {
-            "tensor": {"None", *MOVABLE} - {"a float8 tensor"},
+            "tensor": {"None", *MOVABLE},
             "shifts": {*WHOLE, "minus one", "minus a thousand", "huge", "minus huge"},
             "dims": {"zero"},
             "fill_value": FILLERS,
@@ -180,7 +180,7 @@ ROWS: dict[str, Row] = {
         },
         {
             "interleaved": {"True", "False"},
-            "mscale": NUMBERS - {"zero"},
+            "mscale": SCALES - {"None"},
             "inverse": {"True", "False"},
         },
     ),

@@ -107,7 +107,9 @@ class ContextParallelHandler(ABC):
     ) -> None:
         self.config = CPConfig() if config is None else config
         if not isinstance(self.config, CPConfig):
-            raise InvalidTypeError("config must be a CPConfig", got=type(config).__name__)
+            raise InvalidTypeError(
+                "config must be a CPConfig", got=type(config).__name__, fix="pass CPConfig(...), or None"
+            )
         if qkv_format not in ("sbhd", "bshd", "thd"):
             raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
         self.qkv_format: Format = qkv_format
@@ -521,9 +523,13 @@ class ContextParallelHandler(ABC):
         """
         needed = self.get_rotary_seq_len(freqs_mode=freqs_mode, stream=stream)
         tables = emb if isinstance(emb, tuple) else (emb,)
-        for part in tables:
-            if not isinstance(part, Tensor):
-                raise InvalidTypeError("the rope table must be a tensor or a pair (cos, sin)", got=type(part).__name__)
+        for part in tables or (emb,):
+            if not isinstance(part, Tensor) or len(tables) > 2:
+                raise InvalidTypeError(
+                    "the rope table must be a tensor or a pair (cos, sin)",
+                    got=type(part).__name__,
+                    fix=f"build it with get_rotary_seq_len(freqs_mode={freqs_mode!r}) rows",
+                )
             if flat_table(part, "the rope table").shape[0] < needed:
                 raise InvalidValueError(
                     "the rope table is too short",

@@ -26,10 +26,11 @@ from cphandler.sharding.dispatch import (
     filler,
     restored,
 )
-from cphandler.sharding.roll import RollRoute, roll, roll_route
+from cphandler.sharding.roll import RollRoute, roll, roll_route, summed
 from cphandler.sharding.rope import Freqs, rotate
 from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.tensors import check_no_tangent, check_plain, where_rows_are
+from cphandler.tokens.counts import checked_flag
 from cphandler.tokens.masks import Mask
 from cphandler.tracing import keep_out_of_graphs, untraced
 
@@ -141,6 +142,7 @@ class LayoutHandler(ContextParallelHandler):
 
     def shard(self, stream: str = "q") -> Shard:
         """See :meth:`ContextParallelHandler.shard`."""
+        check_stream(stream)
         return self.shards[stream]
 
     @property
@@ -323,6 +325,7 @@ class LayoutHandler(ContextParallelHandler):
         def check() -> int:
             if isinstance(shifts, bool) or not isinstance(shifts, int):
                 raise InvalidTypeError("shifts must be an int", got=repr(shifts), fix="pass -1 for the next token")
+            checked_flag("return_sum", return_sum)
             dim = self._checked_dim("roll_tensor", tensor, dims, stream, local=True)
             filler(fill_value, tensor)
             self._check_rows_of_batch(tensor, dim, stream)
@@ -339,7 +342,7 @@ class LayoutHandler(ContextParallelHandler):
         if self.shards[stream].padded_rows is not None:
             valid = self.shards[stream].shifted_validity(shifts, rolled.device)
             rolled = _cleared(rolled, dim, valid, fill_value)
-        return rolled, rolled.sum() if return_sum else None
+        return rolled, summed(rolled) if return_sum else None
 
     def _route(self, stream: str, shifts: int, device: torch.device) -> RollRoute:
         key = stream, shifts, device

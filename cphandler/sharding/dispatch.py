@@ -62,7 +62,8 @@ def filler(value: object, like: Tensor) -> complex:
         )
     if dtype == torch.bool:
         return bool(number)
-    number = number if dtype.is_floating_point or dtype.is_complex else int(number.real)
+    if not dtype.is_complex:
+        number = float(number.real) if dtype.is_floating_point else int(number.real)
     return _rounded(number, dtype).view(_SAME_WIDTH[dtype.itemsize]).item() if _is_rare(dtype) else number
 
 

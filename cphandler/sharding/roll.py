@@ -76,6 +76,14 @@ def _partner(shard: Shard, rows: Table, distance: int) -> tuple[Table, Table]:
     return np.where(inside, rank, -1), np.where(inside, row, -1)
 
 
+def summed(x: Tensor) -> Tensor:
+    """``x.sum()``; of dtypes that torch stores and cannot add, in one that it can."""
+    small = x.dtype.itemsize == 1 and x.dtype.is_floating_point
+    if small:
+        return x.to(torch.float32).sum()
+    return (x.to(torch.int64) if x.dtype in (torch.uint16, torch.uint32, torch.uint64) else x).sum()
+
+
 def roll(tensor: Tensor, dim: int, route: RollRoute, fill_value: float, group_name: str) -> Tensor:
     """Apply a route along ``dim``; rows nobody fills hold ``fill_value``. Differentiable, one batched exchange."""
     bits = as_movable(tensor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.precision import accumulator_dtype
+from cphandler.tokens.counts import checked_flag
 
 Freqs: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 """Angles in radians, ``[rows, R]`` or ``[rows, 1, 1, R]``, both halves of the rotary dim present (Megatron's form); or
@@ -44,10 +47,24 @@ def rotate(
         InvalidTypeError: not floating point, or freqs that are neither a tensor nor a pair.
         InvalidValueError: a wrong number of rows, or a rotary dim that is odd or larger than D.
     """
+    _check_kind("tensor", tensor, "pass queries or keys [..., D]")
+    if tensor.dim() <= seq_dim + 1:
+        raise InvalidValueError(
+            f"rope needs the rows in dim {seq_dim} and the channels in the last one",
+            got=f"shape {list(tensor.shape)}",
+            fix="pass queries or keys in qkv_format",
+        )
+    interleaved, inverse = checked_flag("interleaved", interleaved), checked_flag("inverse", inverse)
+    if isinstance(mscale, bool) or not isinstance(mscale, Real) or not 0 < mscale <= sys.float_info.max:
+        raise InvalidValueError("mscale must be a positive number", got=repr(mscale), fix="1.0 changes nothing")
     dtype = accumulator_dtype(tensor.dtype)
-    if not tensor.is_floating_point():
-        raise InvalidTypeError("rope needs a floating-point tensor", got=tensor.dtype)
-    cos, sin = _cos_sin(freqs, dtype, mscale, inverse)
+    cos, sin = _cos_sin(freqs, dtype, float(mscale), inverse)
+    if cos.device != tensor.device:
+        raise InvalidValueError(
+            "rope needs freqs on the device of the tensor",
+            got=f"{cos.device} and {tensor.device}",
+            fix="move them first",
+        )
     rotary = cos.shape[-1]
     if cos.shape[1] != tensor.shape[seq_dim]:
         raise InvalidValueError(
@@ -91,16 +108,33 @@ def _beside(table: Tensor, tensor: Tensor, seq_dim: int, batch_dim: int | None) 
 def _cos_sin(freqs: Freqs, dtype: torch.dtype, mscale: float, inverse: bool) -> tuple[Tensor, Tensor]:
     """``[B, rows, R]`` cos and sin with the scale in them; B is 1 for one table."""
     pair = freqs if isinstance(freqs, tuple) else (freqs,)
-    if len(pair) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in pair):
-        raise InvalidTypeError("freqs must be a floating-point tensor or a pair (cos, sin)", got=type(freqs).__name__)
+    way_out = "pass angles [L, R] from get_emb_on_this_cp_rank, or a pair (cos, sin) of such tensors"
+    if len(pair) not in (1, 2):
+        raise InvalidTypeError("freqs must be a tensor or a pair (cos, sin)", got=f"{len(pair)} of them", fix=way_out)
+    for part in pair:
+        _check_kind("freqs", part, way_out)
     flat = [_batched_table(part) for part in pair]
     # Angles grow with the position: cos and sin of a float64 table are taken before anything is rounded.
     exact = [part.to(torch.promote_types(part.dtype, dtype)) for part in flat]
     cos, sin = (exact[0].cos(), exact[0].sin()) if len(exact) == 1 else exact
     if cos.shape != sin.shape:
-        raise InvalidValueError("cos and sin must have one shape", got=f"{list(cos.shape)} and {list(sin.shape)}")
+        raise InvalidValueError(
+            "cos and sin must have one shape",
+            got=f"{list(cos.shape)} and {list(sin.shape)}",
+            fix="take both of the same rows, with the whole rotary dim",
+        )
     scale = 1.0 / mscale if inverse else mscale
     return (cos * scale).to(dtype), (sin * (-scale if inverse else scale)).to(dtype)
+
+
+def _check_kind(name: str, x: object, way_out: str) -> None:
+    """Refuse what is no ordinary tensor of a dtype to calculate in."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        raise InvalidTypeError(f"{name} of rope must be a dense tensor", got=type(x).__name__, fix=way_out)
+    if not x.is_floating_point() or x.dtype.itemsize == 1:
+        raise InvalidTypeError(
+            f"{name} of rope must be float16, bfloat16, float32 or float64", got=x.dtype, fix=way_out
+        )
 
 
 def flat_table(table: Tensor, name: str) -> Tensor:
@@ -113,7 +147,11 @@ def flat_table(table: Tensor, name: str) -> Tensor:
         return table
     if table.dim() == 4 and table.shape[1] == table.shape[2] == 1:
         return table[:, 0, 0]
-    raise InvalidValueError(f"{name} must be [rows, R] or [rows, 1, 1, R]", got=f"shape {list(table.shape)}")
+    raise InvalidValueError(
+        f"{name} must be [rows, R] or [rows, 1, 1, R]",
+        got=f"shape {list(table.shape)}",
+        fix="R is the whole rotary dim, both halves",
+    )
 
 
 def _batched_table(table: Tensor) -> Tensor:

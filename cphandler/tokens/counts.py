@@ -1,4 +1,4 @@
-"""Counts that callers name: how many tokens, and of what."""
+"""Counts and flags that callers name: how many tokens, and whether or not."""
 
 from __future__ import annotations
 
@@ -39,3 +39,14 @@ def checked_count(name: str, value: object, *, least: int = 0, fix: str | None =
     if count > MOST_TOKENS:
         raise InvalidValueError(f"{name} is more than any batch has", got=count, fix=fix)
     return count
+
+
+def checked_flag(name: str, value: object) -> bool:
+    """A flag that is one; ``"no"`` is true to Python.
+
+    Raises:
+        InvalidTypeError: neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidTypeError(f"{name} must be True or False", got=short_repr(value), fix="pass a bool")
+    return bool(value)

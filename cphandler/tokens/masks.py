@@ -795,7 +795,8 @@ def _naming(which: Table) -> Iterator[None]:
         yield
     except InvalidValueError as error:
         shown = ", ".join(map(str, which[:4].tolist())) + (", ..." if len(which) > 4 else "")
-        raise InvalidValueError(f"{error}; this is of documents {shown} of a PerDocument, counted from 0") from error
+        which_ones = f"this is of documents {shown} of a PerDocument, counted from 0"
+        raise InvalidValueError(str(error), fix=which_ones) from error
 
 
 @dataclass(frozen=True)
