@@ -1,8 +1,11 @@
-"""Which dtypes sums are kept in."""
+"""Which dtypes attention computes in, and which ones sums are kept in."""
 
 from __future__ import annotations
 
 import torch
+
+ATTENTION_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of queries, keys and values; narrower floats need scales that nobody here knows."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

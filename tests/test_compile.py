@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -148,3 +150,43 @@ def shapes_without_data(heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("heads", [(4, 2), (6, 2), (2, 1)], ids=str)
 def test_operators_say_what_shapes_they_give(ranks: RankPool, heads: tuple[int, int]) -> None:
     ranks.run(shapes_without_data, heads)
+
+
+ORDERS = {
+    "handler first": "handler = make(); handler.dispatch(x, 0); assert not is_loaded(); ours = compiled()",
+    "compiler first": "ours = compiled(); assert is_loaded(); handler = make()",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_handler_and_the_compiler_come_in_any_order(order: str) -> None:
+    """In a process of its own, since a compiler that has been loaded stays."""
+    program = f"""
+import sys, torch
+from cphandler import get_cp_handler_cls
+
+def make():
+    return get_cp_handler_cls("ring")(qkv_format="thd", cu_seqlens_q=[0, 5, 12])
+
+def run(x, handler):
+    y = 2 * handler.dispatch(x, 0)
+    freqs = handler.get_emb_on_this_cp_rank(torch.ones(handler.get_rotary_seq_len(), 8))
+    y = handler.core_attn(None, handler.rope(y, freqs), y, y)
+    return handler.combine(y + handler.roll_tensor(y, -1, 0)[0], 0).sin()
+
+def compiled():
+    return torch.compile(run, backend="eager")
+
+def is_loaded():
+    return "torch._dynamo" in sys.modules
+
+x = torch.randn(12, 2, 8)
+{ORDERS[order]}
+for _ in range(2):
+    torch.testing.assert_close(ours(x, handler), run(x, handler))
+    handler = make()
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1, "nothing was compiled"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "recompile_limit" not in done.stderr

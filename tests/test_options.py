@@ -228,8 +228,19 @@ WRONG = [
     ({"softcap": float("inf")}, InvalidValueError, "positive number; got inf"),
     ({"softcap": "30"}, InvalidTypeError, "softcap must be a number"),
     ({"sinks": torch.zeros(3)}, InvalidValueError, r"one number per query head.* got shape \[3\].* expected \[2\]"),
-    ({"sinks": torch.zeros(2, dtype=torch.int64)}, InvalidTypeError, "floating-point tensor"),
+    ({"sinks": torch.zeros(2, dtype=torch.int64)}, InvalidTypeError, "sinks must be floating point"),
+    (
+        {"sinks": torch.zeros(2).to(torch.float8_e5m2)},
+        InvalidTypeError,
+        "sinks must be .*; got torch.float8_e5m2; cast",
+    ),
+    ({"sinks": torch.zeros(2).to_sparse()}, InvalidTypeError, "sinks must be a dense tensor"),
     ({"sinks": True}, InvalidTypeError, "sinks must be .*; got bool"),
+    ({"return_lse": "no"}, InvalidTypeError, "return_lse must be True or False; got 'no'"),
+    ({"return_lse": None}, InvalidTypeError, "return_lse must be True or False; got None"),
+    ({"return_max_logit": 1}, InvalidTypeError, "return_max_logit must be True or False; got 1"),
+    ({"dropout_p": ""}, InvalidTypeError, "dropout_p must be a number; got ''"),
+    ({"dropout_p": False}, InvalidTypeError, "dropout_p must be a number; got False"),
     ({"dropout_p": 0.1}, InvalidValueError, "a dropout_seed and a layer_number; got dropout_p 0.1, seed None"),
     ({"dropout_p": 0.1, "dropout_seed": 3}, InvalidValueError, "got dropout_p 0.1, seed 3, layer None; pass"),
     ({"softmax_scale": 0.0}, InvalidValueError, "softmax_scale must be a positive number; got 0.0"),
@@ -247,8 +258,46 @@ WRONG = [
 def test_options_that_are_wrong(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
     x = torch.randn(4, 2, 8)
-    with pytest.raises(kind, match=message):
+    with pytest.raises(kind, match=message) as caught:
         handler.core_attn(None, x, x, x, **options)
+    assert caught.value.fix  # type: ignore[attr-defined]
+
+
+UNSERVED = [
+    torch.zeros(4, 2, 8).to(torch.float8_e4m3fn),
+    torch.zeros(4, 2, 8).to(torch.float8_e5m2),
+    torch.zeros(4, 2, 8, dtype=torch.complex64),
+    torch.zeros(4, 2, 8, dtype=torch.bool),
+    torch.zeros(4, 2, 8, dtype=torch.int8),
+]
+
+
+@pytest.mark.parametrize("x", UNSERVED, ids=lambda x: str(x.dtype))
+def test_dtypes_that_attention_does_not_compute_in(x: Tensor) -> None:
+    """Refused whatever computes, and in each of the three places."""
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
+    message = f"must be floating point.*; got {x.dtype}; cast it to one of float16, bfloat16, float32, float64"
+    for module in (None, PlainAttention(), CoreAttention()):
+        for i, name in enumerate(("query", "key", "value")):
+            tensors = [torch.zeros(4, 2, 8)] * 3
+            tensors[i] = x
+            with pytest.raises(InvalidTypeError, match=f"{name} {message}"):
+                handler.core_attn(module, *tensors)
+
+
+def test_kernels_are_known_when_a_handler_is_made() -> None:
+    settings: dict[str, Any] = {"qkv_format": "thd", "cu_seqlens_q": [0, 4]}
+    for backend in ("local", "ulysses", "usp", "ring"):
+        with pytest.raises(
+            InvalidValueError, match=r"got 'refrence'; CPConfig.kernel may be auto, .*reference.*, torch"
+        ):
+            get_cp_handler_cls(backend)(**settings, config=CPConfig(kernel="refrence"))
+    with pytest.raises(InvalidValueError, match="unknown kernel; got 'refrence'"):
+        get_cp_handler_cls("local", ["a2a", "ring"])(**settings, config=CPConfig(kernel="refrence"))
+    x = torch.randn(4, 2, 8)
+    shouted = get_cp_handler_cls("local")(**settings, config=CPConfig(kernel="Reference"))
+    plain = get_cp_handler_cls("local")(**settings, config=CPConfig(kernel="reference"))
+    assert torch.equal(shouted.core_attn(None, x, x, x), plain.core_attn(None, x, x, x))
 
 
 def test_kernels_with_a_generator_of_their_own_refuse_dropout() -> None:
@@ -289,6 +338,12 @@ def test_core_attention_carries_every_setting() -> None:
         CoreAttention(softcap=-1.0)
     with pytest.raises(ValueError, match="a probability"):
         CoreAttention(dropout_p=1.5)
+    with pytest.raises(ValueError, match="num_sinks must not be negative"):
+        CoreAttention(num_sinks=-1)
+    with pytest.raises(TypeError, match="num_sinks must be an int"):
+        CoreAttention(num_sinks="all")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="record_max_logit must be True or False"):
+        CoreAttention(record_max_logit="no")  # type: ignore[arg-type]
 
 
 def record_on_every_rank() -> None:

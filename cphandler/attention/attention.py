@@ -18,7 +18,7 @@ from cphandler.comm import collectives
 from cphandler.comm.groups import CPGroup
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidValueError, UnsupportedError
-from cphandler.kernels import get_kernel
+from cphandler.kernels import check_kernel_name, get_kernel
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.shard import ShardPair, device_copy
@@ -89,6 +89,7 @@ class Attention:
     def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
         self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
         self._plans: dict[bool, Plans] = {}
+        check_kernel_name(host.config.kernel)
         if exchange:
             get_exchange(exchange)  # a name that is none is refused here, with one rank too
         self.check_batch()

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cphandler.attention.loop import AttentionResult
-from cphandler.attention.options import AttentionOptions, CoreAttention
+from cphandler.attention.options import AttentionOptions, CoreAttention, check_tensor
 from cphandler.comm.consistency import kind_of
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.kernels import select_kernel
-from cphandler.tensors import check_plain, where_rows_are
+from cphandler.tensors import where_rows_are
 from cphandler.tokens.masks import Mask, make_mask
 
 
@@ -38,7 +38,7 @@ class TensorRules:
         """Raise what is wrong with the three tensors.
 
         Raises:
-            InvalidTypeError: no tensors, not floating point, or mixed dtypes.
+            InvalidTypeError: what :func:`check_tensor` refuses, or mixed dtypes.
             InvalidValueError: wrong shapes or devices.
         """
         named = {"query": query, "key": key, "value": value}
@@ -48,7 +48,11 @@ class TensorRules:
         seq_dim = 1 if self.qkv_format == "bshd" else 0
         for name, x in named.items():
             if x.dim() != dims:
-                raise InvalidValueError(f"{name} must be {letters}", got=f"shape {list(x.shape)}")
+                raise InvalidValueError(
+                    f"{name} must be {letters}",
+                    got=f"shape {list(x.shape)}",
+                    fix=f"reshape it, or make the handler with another qkv_format than {self.qkv_format!r}",
+                )
             rows, stream = (self.local_tokens[0], "q") if name == "query" else (self.local_tokens[1], "kv")
             if x.shape[seq_dim] != rows:
                 elsewhere = where_rows_are(x.shape, seq_dim, rows)
@@ -62,11 +66,7 @@ class TensorRules:
     @staticmethod
     def _check_kinds(named: dict[str, Any]) -> None:
         for name, x in named.items():
-            if not isinstance(x, Tensor):
-                raise InvalidTypeError(f"{name} must be a tensor", got=type(x).__name__)
-            check_plain(x, name)
-            if not x.is_floating_point():
-                raise InvalidTypeError(f"{name} must be floating point", got=x.dtype)
+            check_tensor(name, x)
         for what in ("dtype", "device"):
             seen = {name: getattr(x, what) for name, x in named.items()}
             if len(set(seen.values())) > 1:
@@ -80,10 +80,18 @@ class TensorRules:
             sizes = [x.shape[batch_dim] for x in (query, key, value)]
             if len(set(sizes)) > 1 or (self.batch is not None and sizes[0] != self.batch):
                 want = f" of the {self.batch} rows that the handler's masks have" if self.batch is not None else ""
-                raise InvalidValueError(f"query, key and value must have one batch size{want}", got=sizes)
+                raise InvalidValueError(
+                    f"query, key and value must have one batch size{want}",
+                    got=sizes,
+                    fix=f"the batch is dim {batch_dim} in {self.qkv_format}",
+                )
         heads, key_heads, value_heads = (x.shape[-2] for x in (query, key, value))
         if key_heads != value_heads:
-            raise InvalidValueError("key and value must have the same heads", got=f"{key_heads} and {value_heads}")
+            raise InvalidValueError(
+                "key and value must have the same heads",
+                got=f"{key_heads} and {value_heads}",
+                fix="repeat the heads of the one that has fewer",
+            )
         if key_heads == 0 or heads % key_heads:
             raise InvalidValueError(
                 "the query heads must be a multiple of the key heads",
@@ -97,7 +105,11 @@ class TensorRules:
                 fix="only values may have another",
             )
         if 0 in (query.shape[-1], value.shape[-1]):
-            raise InvalidValueError("the head dim must not be 0")
+            raise InvalidValueError(
+                "the head dim must not be 0",
+                got=f"{query.shape[-1]} for queries, {value.shape[-1]} for values",
+                fix="pass tensors with at least one channel in their last dim",
+            )
 
 
 class AttentionCall(NamedTuple):
@@ -155,7 +167,11 @@ class AttentionCall(NamedTuple):
         core = attn_mod if isinstance(attn_mod, CoreAttention) else None
         module = attn_mod if core is None else None
         if module is not None and not callable(module):
-            raise InvalidTypeError("attn_mod must be None, a CoreAttention or a callable", got=type(module).__name__)
+            raise InvalidTypeError(
+                "attn_mod must be None, a CoreAttention or a callable",
+                got=type(module).__name__,
+                fix="pass None for the built-in kernels; query, key and value come after it",
+            )
         options = options if core is None else core.applied_to(options)
         q, k, v = (batch_first(x, rules.qkv_format) for x in tensors)
         _check_sinks(options.sinks, q)

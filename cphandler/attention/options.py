@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.precision import ATTENTION_DTYPES
+from cphandler.tensors import check_plain
 from cphandler.tokens.masks import Mask
 
 
@@ -66,12 +68,13 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         _check_int("layer_number", self.layer_number, least=1, wrong="layer_number counts from 1")
         _check_int("dropout_seed", self.dropout_seed, least=0, wrong="dropout_seed must not be negative")
+        _check_bool("return_lse", self.return_lse)
+        _check_bool("return_max_logit", self.return_max_logit)
         _check_positive("softmax_scale", self.softmax_scale)
         _check_positive("softcap", self.softcap)
-        _check_dropout(self.dropout_p or 0.0)
-        if self.sinks is not None and not (isinstance(self.sinks, Tensor) and self.sinks.is_floating_point()):
-            got = self.sinks.dtype if isinstance(self.sinks, Tensor) else type(self.sinks).__name__
-            raise InvalidTypeError("sinks must be a floating-point tensor [N]", got=got)
+        _check_dropout(self.dropout_p)
+        if self.sinks is not None:
+            check_tensor("sinks", self.sinks)
 
     @property
     def features(self) -> list[str]:
@@ -104,13 +107,40 @@ class AttentionOptions:
         return cls(**options)
 
 
+def check_tensor(name: str, x: object) -> None:
+    """Refuse what attention does not compute with.
+
+    Args:
+        name: what it is, for errors.
+        x: a query, key or value, or sinks.
+
+    Raises:
+        InvalidTypeError: no tensor, or one that is distributed, nested or sparse, or of a dtype that is not served.
+    """
+    if not isinstance(x, Tensor):
+        raise InvalidTypeError(f"{name} must be a tensor", got=type(x).__name__, fix="torch.as_tensor makes one")
+    check_plain(x, name)
+    if x.dtype not in ATTENTION_DTYPES:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in ATTENTION_DTYPES)
+        raise InvalidTypeError(
+            f"{name} must be floating point, of a dtype that attention computes in",
+            got=x.dtype,
+            fix=f"cast it to one of {served}",
+        )
+
+
 def _check_int(name: str, value: object, *, least: int, wrong: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{name} must be an int", got=repr(value))
+        raise InvalidTypeError(f"{name} must be an int", got=repr(value), fix=f"{least} or more")
     if not least <= value < 1 << 63:
-        raise InvalidValueError(wrong, got=value)
+        raise InvalidValueError(wrong, got=value, fix=f"pass an int of {least} or more, below 2**63")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidTypeError(f"{name} must be True or False", got=repr(value), fix=f"say {name}=True to ask for it")
 
 
 def _check_positive(name: str, value: float | None) -> None:
@@ -119,12 +149,22 @@ def _check_positive(name: str, value: float | None) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name} must be a number", got=repr(value), fix="scale queries for one that is learned")
     if not 0 < value < float("inf"):
-        raise InvalidValueError(f"{name} must be a positive number", got=repr(value))
+        raise InvalidValueError(
+            f"{name} must be a positive number",
+            got=repr(value),
+            fix=f"leave {name} out, or pass a finite number above 0",
+        )
 
 
-def _check_dropout(dropout_p: float) -> None:
-    if not (isinstance(dropout_p, Real) and 0 <= dropout_p < 1):
-        raise InvalidValueError("dropout_p must be a probability below 1", got=repr(dropout_p))
+def _check_dropout(dropout_p: float | None) -> None:
+    if dropout_p is None:
+        return
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise InvalidTypeError("dropout_p must be a number", got=repr(dropout_p), fix="0.1, say; 0 switches it off")
+    if not 0 <= dropout_p < 1:
+        raise InvalidValueError(
+            "dropout_p must be a probability below 1", got=repr(dropout_p), fix="0.1, say; 0 switches it off"
+        )
 
 
 _NONE_ASKED = AttentionOptions()
@@ -147,6 +187,7 @@ class CoreAttention(torch.nn.Module):
             what QK-clip reads (Kimi K2, arXiv 2507.20534, 2.1); None until one did. Set it to None to start afresh.
 
     Raises:
+        InvalidTypeError: a setting of a wrong type.
         InvalidValueError: a setting out of its range.
     """
 
@@ -163,6 +204,8 @@ class CoreAttention(torch.nn.Module):
         _check_positive("softmax_scale", softmax_scale)
         _check_positive("softcap", softcap)
         _check_dropout(dropout_p)
+        _check_int("num_sinks", num_sinks, least=0, wrong="num_sinks must not be negative")
+        _check_bool("record_max_logit", record_max_logit)
         self.softmax_scale = softmax_scale
         self.softcap = softcap
         self.dropout_p = dropout_p

@@ -32,7 +32,7 @@ from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.tensors import check_no_tangent, check_plain, where_rows_are
 from cphandler.tokens.counts import checked_flag
 from cphandler.tokens.masks import Mask
-from cphandler.tracing import keep_out_of_graphs, untraced
+from cphandler.tracing import untraced
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,7 +69,6 @@ class LayoutHandler(ContextParallelHandler):
             InvalidValueError: an unknown name, a Layout of another batch, or a mask that does not fit the documents.
             UnsupportedError: a layout or a setting this class does not serve.
         """
-        keep_out_of_graphs()
         self.shards = ShardPair(*self._shards(layout))
         self._routes: dict[tuple[str, int, torch.device], RollRoute] = {}
         self._consistency = Consistency(self.ranks, self.config)

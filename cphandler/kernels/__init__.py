@@ -5,7 +5,13 @@ from __future__ import annotations
 from cphandler.kernels.dropout import Dropout, keep_mask, query_states
 from cphandler.kernels.kernel import Kernel, Softmax
 from cphandler.kernels.merge import merge_attention
-from cphandler.kernels.registry import available_kernels, get_kernel, register_kernel, select_kernel
+from cphandler.kernels.registry import (
+    available_kernels,
+    check_kernel_name,
+    get_kernel,
+    register_kernel,
+    select_kernel,
+)
 from cphandler.kernels.task import Task
 
 __all__ = [
@@ -14,6 +20,7 @@ __all__ = [
     "Softmax",
     "Task",
     "available_kernels",
+    "check_kernel_name",
     "get_kernel",
     "keep_mask",
     "merge_attention",

@@ -55,10 +55,18 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
 def _check(named: dict[str, Any]) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
-            raise InvalidTypeError(f"{name} must be a tensor", got=type(x).__name__)
+            raise InvalidTypeError(
+                f"{name} must be a tensor",
+                got=type(x).__name__,
+                fix="merge takes out1, lse1, out2, lse2, in this order",
+            )
     out1, lse1, out2, lse2 = named.values()
     if not out1.is_floating_point() or out1.dtype != out2.dtype:
-        raise InvalidTypeError("out1 and out2 must share one floating-point dtype", got=f"{out1.dtype}, {out2.dtype}")
+        raise InvalidTypeError(
+            "out1 and out2 must share one floating-point dtype",
+            got=f"{out1.dtype}, {out2.dtype}",
+            fix="cast one of them",
+        )
     wanted = accumulator_dtype(out1.dtype)
     if (lse1.dtype, lse2.dtype) != (wanted, wanted):
         raise InvalidTypeError(
@@ -68,15 +76,19 @@ def _check(named: dict[str, Any]) -> None:
         )
     if out1.dim() == 0 or out1.shape != out2.shape:
         raise InvalidValueError(
-            "out1 and out2 must have one shape [..., D]", got=f"{list(out1.shape)}, {list(out2.shape)}"
+            "out1 and out2 must have one shape [..., D]",
+            got=f"{list(out1.shape)}, {list(out2.shape)}",
+            fix="both are attention of the same queries, over other keys",
         )
     if not lse1.shape == lse2.shape == out1.shape[:-1]:
         raise InvalidValueError(
             f"lse1 and lse2 must be {list(out1.shape[:-1])}, the outputs' shape without its last dim",
             got=f"{list(lse1.shape)}, {list(lse2.shape)}",
+            fix="return_lse=True gives them in the order of the output's dims",
         )
     if len({x.device for x in named.values()}) > 1:
-        raise InvalidValueError("all four must be on one device", got=", ".join(str(x.device) for x in named.values()))
+        devices = ", ".join(str(x.device) for x in named.values())
+        raise InvalidValueError("all four must be on one device", got=devices, fix="move them first")
 
 
 def _share(lse: Tensor, other: Tensor) -> Tensor:

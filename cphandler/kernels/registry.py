@@ -81,6 +81,24 @@ def get_kernel(name: str, device_type: str) -> Kernel:
     )
 
 
+def check_kernel_name(name: str) -> None:
+    """Refuse a name that no kernel has on any device.
+
+    Args:
+        name: a kernel's name, or ``"auto"``.
+
+    Raises:
+        InvalidValueError: there is none.
+    """
+    known = sorted({key[0] for key in _KERNELS})
+    if normal(name) not in ("auto", *known):
+        raise InvalidValueError(
+            "unknown kernel",
+            got=repr(name),
+            fix=f"CPConfig.kernel may be auto, {', '.join(known)}; register_kernel makes others known",
+        )
+
+
 def select_kernel(
     name: str,
     q: Tensor,

@@ -18,6 +18,7 @@ from cphandler.kernels.blocks import BlockKernel
 from cphandler.kernels.kernel import Gradients, Saved, Softmax
 from cphandler.kernels.strips import additive_mask, strips
 from cphandler.kernels.task import Task
+from cphandler.precision import ATTENTION_DTYPES
 from cphandler.tokens.intervals import UNBOUNDED
 
 WIDEST = 2048
@@ -28,8 +29,6 @@ OPTIONS = {
     "dropout": "dropout: its generator is its own, and the mask would depend on the number of ranks",
 }
 """What the kernels inside torch refuse, and what they say."""
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def causal_square(task: Task) -> int:
@@ -84,7 +83,7 @@ class TorchCpuKernel(BlockKernel):
 
     def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Needs one of the usual dtypes."""
-        return None if q.dtype in DTYPES else f"dtype {q.dtype}"
+        return None if q.dtype in ATTENTION_DTYPES else f"dtype {q.dtype}"
 
     def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
         """Full blocks whole, long prefixes apart, long diagonals as squares, everything else in masked strips."""
