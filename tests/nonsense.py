@@ -126,26 +126,8 @@ def faults(name: str, row: Row) -> str:
 LATER: dict[str, set[str]] = {
     "Layout": {"name", "num_local_tokens", "num_tokens"},
     "a span's numbers": {"local", "start", "stride"},
-    "CoreAttention": {"dropout_p", "num_sinks", "record_max_logit", "softcap", "softmax_scale"},
-    "AttentionOptions": {"layer_number"},
     "Capabilities": {"features", "formats", "instead", "layouts"},
-    "core_attn": {
-        "attn_mod",
-        "dropout_p",
-        "dropout_seed",
-        "key",
-        "layer_number",
-        "query",
-        "return_lse",
-        "return_max_logit",
-        "sinks",
-        "softcap",
-        "softmax_scale",
-        "value",
-    },
-    "core_attn of a dense batch": {"key", "query", "value"},
     "BatchPlan.plan": {"rank"},
     "BatchPlan.stats": {"count_tasks", "gradient_itemsize", "head_dim", "itemsize", "kv_heads", "value_dim"},
-    "merge": {"lse1", "lse2", "out1", "out2"},
 }
 """Arguments that are not yet looked at."""

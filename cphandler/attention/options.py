@@ -203,6 +203,9 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         _check_positive("softmax_scale", softmax_scale)
         _check_positive("softcap", softcap)
+        for name, value in (("dropout_p", dropout_p), ("num_sinks", num_sinks)):
+            if value is None:
+                raise InvalidTypeError(f"{name} must be a number", got="None", fix="leave it out, or pass 0")
         _check_dropout(dropout_p)
         _check_int("num_sinks", num_sinks, least=0, wrong="num_sinks must not be negative")
         _check_bool("record_max_logit", record_max_logit)

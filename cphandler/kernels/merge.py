@@ -54,9 +54,9 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
 
 def _check(named: dict[str, Any]) -> None:
     for name, x in named.items():
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
             raise InvalidTypeError(
-                f"{name} must be a tensor",
+                f"{name} must be a dense tensor",
                 got=type(x).__name__,
                 fix="merge takes out1, lse1, out2, lse2, in this order",
             )
