@@ -110,24 +110,13 @@ def fault(row: Row, argument: str, name: str) -> str | None:
     return None if name in row.takes.get(argument, ()) else "silence"
 
 
-def faults(name: str, row: Row) -> str:
+def faults(row: Row) -> str:
     """What is wrong with any argument, one in a line; checks first that the valid ones are."""
     row.call(**row.valid())
     found = [
         f"{argument}={odd}: {told}"
         for argument, valid in row.valid().items()
         for odd in odd_values(valid)
-        if argument not in LATER.get(name, ())
         if (told := fault(row, argument, odd))
     ]
     return "\n".join(found)
-
-
-LATER: dict[str, set[str]] = {
-    "Layout": {"name", "num_local_tokens", "num_tokens"},
-    "a span's numbers": {"local", "start", "stride"},
-    "Capabilities": {"features", "formats", "instead", "layouts"},
-    "BatchPlan.plan": {"rank"},
-    "BatchPlan.stats": {"count_tasks", "gradient_itemsize", "head_dim", "itemsize", "kv_heads", "value_dim"},
-}
-"""Arguments that are not yet looked at."""

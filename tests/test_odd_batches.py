@@ -216,5 +216,5 @@ ROWS: dict[str, Row] = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_one_odd_argument(name: str) -> None:
-    told = faults(name, ROWS[name])
+    told = faults(ROWS[name])
     assert not told, told

@@ -345,7 +345,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_one_odd_argument(name: str) -> None:
-    told = faults(name, ROWS[name])
+    told = faults(ROWS[name])
     assert not told, told
 
 

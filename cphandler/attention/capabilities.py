@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from cphandler.errors import UnsupportedError
-from cphandler.layouts.layout import LEVEL_LAYOUTS, Layout
+from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.layouts.layout import LAYOUTS, LEVEL_LAYOUTS, Layout
 
 FEATURES: dict[str, str] = {
     "softmax_scale": "a factor on the scores",
@@ -45,12 +46,23 @@ class Capabilities:
         formats: values of ``qkv_format``.
         features: names out of :data:`FEATURES`.
         instead: the way out where a feature is missing, by name.
+
+    Raises:
+        InvalidTypeError: another collection than a tuple, a tuple, a frozenset and a mapping.
+        InvalidValueError: a name that means nothing.
     """
 
     layouts: tuple[str, ...] = LEVEL_LAYOUTS
     formats: tuple[str, ...] = FORMATS
     features: frozenset[str] = COMMON
     instead: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_names("layouts", self.layouts, tuple, LAYOUTS)
+        _check_names("formats", self.formats, tuple, FORMATS)
+        _check_names("features", self.features, frozenset, tuple(FEATURES))
+        if self.instead is not None:
+            _check_names("instead", self.instead, Mapping, tuple(FEATURES))
 
     def require(self, who: str, *features: str) -> None:
         """Refuse features that are missing.
@@ -104,3 +116,13 @@ class Capabilities:
                 f"{who} does not serve the {layout!r} layout",
                 fix="use the ulysses backend" if layout == "replicated" else f"use one of {', '.join(self.layouts)}",
             )
+
+
+def _check_names(what: str, names: Any, kind: type, known: tuple[str, ...]) -> None:
+    if not isinstance(names, kind):
+        raise InvalidTypeError(
+            f"{what} must be a {kind.__name__.lower()}", got=type(names).__name__, fix=f"of {', '.join(known)}"
+        )
+    wrong = [name for name in names if name not in known]
+    if wrong:
+        raise InvalidValueError(f"no such {what}", got=repr(wrong[0]), fix=f"choose of {', '.join(known)}")
