@@ -107,7 +107,7 @@ class ContextParallelHandler(ABC):
     ) -> None:
         self.config = CPConfig() if config is None else config
         if not isinstance(self.config, CPConfig):
-            raise InvalidTypeError("config must be a CPConfig", got=type(config).__name__)
+            raise InvalidTypeError("config must be a CPConfig", got=type(config).__name__, fix="pass CPConfig(...)")
         if qkv_format not in ("sbhd", "bshd", "thd"):
             raise InvalidValueError("unknown qkv_format", got=repr(qkv_format), fix="choose sbhd, bshd or thd")
         self.qkv_format: Format = qkv_format
@@ -523,7 +523,11 @@ class ContextParallelHandler(ABC):
         tables = emb if isinstance(emb, tuple) else (emb,)
         for part in tables:
             if not isinstance(part, Tensor):
-                raise InvalidTypeError("the rope table must be a tensor or a pair (cos, sin)", got=type(part).__name__)
+                raise InvalidTypeError(
+                    "the rope table must be a tensor or a pair (cos, sin)",
+                    got=type(part).__name__,
+                    fix="pass angles [rows, R], or cos and sin of them",
+                )
             if flat_table(part, "the rope table").shape[0] < needed:
                 raise InvalidValueError(
                     "the rope table is too short",

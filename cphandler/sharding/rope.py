@@ -46,7 +46,7 @@ def rotate(
     """
     dtype = accumulator_dtype(tensor.dtype)
     if not tensor.is_floating_point():
-        raise InvalidTypeError("rope needs a floating-point tensor", got=tensor.dtype)
+        raise InvalidTypeError("rope needs a floating-point tensor", got=tensor.dtype, fix="cast it first")
     cos, sin = _cos_sin(freqs, dtype, mscale, inverse)
     rotary = cos.shape[-1]
     if cos.shape[1] != tensor.shape[seq_dim]:
@@ -92,13 +92,21 @@ def _cos_sin(freqs: Freqs, dtype: torch.dtype, mscale: float, inverse: bool) -> 
     """``[B, rows, R]`` cos and sin with the scale in them; B is 1 for one table."""
     pair = freqs if isinstance(freqs, tuple) else (freqs,)
     if len(pair) > 2 or not all(isinstance(part, Tensor) and part.is_floating_point() for part in pair):
-        raise InvalidTypeError("freqs must be a floating-point tensor or a pair (cos, sin)", got=type(freqs).__name__)
+        raise InvalidTypeError(
+            "freqs must be a floating-point tensor or a pair (cos, sin)",
+            got=type(freqs).__name__,
+            fix="pass what get_emb_on_this_cp_rank gives",
+        )
     flat = [_batched_table(part) for part in pair]
     # Angles grow with the position: cos and sin of a float64 table are taken before anything is rounded.
     exact = [part.to(torch.promote_types(part.dtype, dtype)) for part in flat]
     cos, sin = (exact[0].cos(), exact[0].sin()) if len(exact) == 1 else exact
     if cos.shape != sin.shape:
-        raise InvalidValueError("cos and sin must have one shape", got=f"{list(cos.shape)} and {list(sin.shape)}")
+        raise InvalidValueError(
+            "cos and sin must have one shape",
+            got=f"{list(cos.shape)} and {list(sin.shape)}",
+            fix="take both from one table of angles",
+        )
     scale = 1.0 / mscale if inverse else mscale
     return (cos * scale).to(dtype), (sin * (-scale if inverse else scale)).to(dtype)
 
@@ -113,7 +121,11 @@ def flat_table(table: Tensor, name: str) -> Tensor:
         return table
     if table.dim() == 4 and table.shape[1] == table.shape[2] == 1:
         return table[:, 0, 0]
-    raise InvalidValueError(f"{name} must be [rows, R] or [rows, 1, 1, R]", got=f"shape {list(table.shape)}")
+    raise InvalidValueError(
+        f"{name} must be [rows, R] or [rows, 1, 1, R]",
+        got=f"shape {list(table.shape)}",
+        fix="pass one row for each position, with both halves of the rotary dim",
+    )
 
 
 def _batched_table(table: Tensor) -> Tensor:
