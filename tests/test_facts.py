@@ -123,11 +123,11 @@ def test_spans_and_bands_of_a_callers_may_change() -> None:
     own = get_cp_handler_cls("ring")(
         cp_group=Seat(2, 1), qkv_format="thd", cu_seqlens_q=[0, 8], layout=layout, mask=mask
     )
-    before, bands = shown(own), own.shards.bands(mask).tolist()
+    before, bands = shown(own), own.shards.visible_bands(mask).tolist()
     for table in spans:
         table[...] = 0
     rows[0][4] = 0
-    assert (shown(own), own.shards.bands(mask).tolist()) == (before, bands)
+    assert (shown(own), own.shards.visible_bands(mask).tolist()) == (before, bands)
     assert shown(handler) != before
     with pytest.raises(ValueError, match="read-only"):
         layout.spans[0][...] = 0

@@ -324,6 +324,13 @@ def test_positions_that_a_mask_implies_for_rows_of_a_batch() -> None:
     assert handler_of("sbhd", mask=mask).position_ids.tolist() == handler.position_ids[0].tolist()
 
 
+def test_positions_of_another_mask_for_each_row() -> None:
+    handler = handler_of("bshd", mask=PerDocument((SharedQuestion((3, 4, 4)), Causal())))
+    expected = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 6], list(range(11))])
+    assert torch.equal(handler.position_ids, handler.dispatch(expected, 1))
+    assert handler.get_emb_on_this_cp_rank(WHOLE).shape == (2, 6, 8)
+
+
 class Wrong(Causal):
     """A mask of a caller's own whose positions are none."""
 

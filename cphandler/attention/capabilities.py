@@ -118,7 +118,7 @@ class Capabilities:
             )
 
 
-def _check_names(what: str, names: Any, kind: type, known: tuple[str, ...]) -> None:
+def _check_names(what: str, names: Any, kind: type[Any], known: tuple[str, ...]) -> None:
     if not isinstance(names, kind):
         raise InvalidTypeError(
             f"{what} must be a {kind.__name__.lower()}", got=type(names).__name__, fix=f"of {', '.join(known)}"

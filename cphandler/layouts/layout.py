@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from math import lcm
-from operator import index
 from typing import SupportsIndex
 
 import numpy as np
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.tokens.counts import checked_count
 from cphandler.tokens.intervals import Table, expand, frozen, offsets_of, overlaps, table
 
 START, LENGTH, STRIDE, LOCAL, RANK = range(5)
@@ -60,7 +60,7 @@ class Layout:
         num_local_tokens: SupportsIndex | None = None,
         replicated: bool = False,
     ) -> None:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name:
             raise InvalidTypeError("a layout's name must be a string", got=repr(name), fix="pass the name first")
         if not isinstance(replicated, bool):
             raise InvalidTypeError(
@@ -69,7 +69,7 @@ class Layout:
                 fix="pass True where every rank holds every token",
             )
         self.name = name
-        self.num_tokens = _count(name, "num_tokens", num_tokens)
+        self.num_tokens = checked_count(f"num_tokens of layout {name!r}", num_tokens)
         self.replicated = replicated
         self.spans: tuple[Table, ...] = tuple(
             frozen(_with_local(_checked(name, rank, rank_spans))) for rank, rank_spans in enumerate(_ranks(name, spans))
@@ -83,7 +83,9 @@ class Layout:
             )
         largest = max(int(s[:, LENGTH].sum()) for s in self.spans)
         self.num_local_tokens = (
-            largest if num_local_tokens is None else _count(name, "num_local_tokens", num_local_tokens)
+            largest
+            if num_local_tokens is None
+            else checked_count(f"num_local_tokens of layout {name!r}", num_local_tokens)
         )
         check_rows(name, max(self.num_tokens, self.num_local_tokens), self.cp_size)
         self._check_places()
@@ -274,16 +276,6 @@ def _ranks(name: str, spans: Iterable[object]) -> list[object]:
     return ranks
 
 
-def _count(name: str, what: str, value: object) -> int:
-    """An integer from 0 on."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise InvalidTypeError(f"layout {name!r}: {what} must be an int", got=repr(value), fix="pass a number of rows")
-    count = index(value)
-    if count < 0:
-        raise InvalidValueError(f"layout {name!r}: {what} must not be negative", got=count, fix="pass a number of rows")
-    return count
-
-
 def _checked(name: str, rank: int, spans: object) -> Table:
     """A rank's spans as a table of three or four integer columns."""
     where, fix = f"layout {name!r}: the spans of rank {rank}", "give rows (start, length, stride) of integers"
@@ -293,6 +285,8 @@ def _checked(name: str, rank: int, spans: object) -> Table:
         raise InvalidValueError(f"{where} are no table", got=str(error), fix=fix) from error
     if not given.size:
         return table([], 4)
+    if _holds_flags(spans):
+        raise InvalidTypeError(f"{where} must be integers", got="True or False among them", fix=fix)
     if given.dtype.kind not in "iu" or (given.dtype.kind == "u" and int(given.max()) >= MOST_ROWS):
         raise InvalidTypeError(f"{where} must be int64", got=given.dtype, fix=fix)
     if given.ndim != 2 or given.shape[1] not in (3, 4):
@@ -307,6 +301,12 @@ def _checked(name: str, rank: int, spans: object) -> Table:
             fix="local order is ascending inside a span",
         )
     return rows
+
+
+def _holds_flags(spans: object) -> bool:
+    """Whether rows that are Python's own hold a bool, which an array of integers takes for a number."""
+    rows = spans if isinstance(spans, (list, tuple)) else ()
+    return any(isinstance(number, bool) for row in rows if isinstance(row, (list, tuple)) for number in row)
 
 
 def _covers(spans: Table, num_tokens: int) -> bool:

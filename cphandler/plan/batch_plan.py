@@ -23,6 +23,7 @@ from cphandler.layouts.placement import LayoutSpec, place
 from cphandler.plan.cost import RankCost, product, rank_cost
 from cphandler.plan.plan import Needs, Plan, make_plan, ring_hops
 from cphandler.plan.tasks import task_counts, visibility
+from cphandler.tokens.counts import checked_count, checked_flag
 from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.masks import Mask, make_mask, visible_bands
@@ -32,6 +33,10 @@ COMM_TYPES: dict[str, Needs] = {"p2p": "stages", "ring": "hops", "all_gather": "
 """Ways for keys to reach queries, and what each needs in its plan; trading heads moves no key rows by a plan."""
 
 _TILE = "pass the rows of the kernel's tile, such as 128, or None to count pairs"
+
+
+MOST_RANKS = 1 << 20
+"""More ranks than this are a mistake, and their spans would not fit in memory."""
 
 
 def plan_batch(
@@ -60,10 +65,8 @@ def plan_batch(
         InvalidValueError: offsets that are none, an unknown name, a layout of another batch, or a mask that does not
             fit the documents.
     """
-    if not isinstance(cp_size, int) or isinstance(cp_size, bool):
-        raise InvalidTypeError("cp_size must be an int", got=repr(cp_size), fix="pass a number of ranks")
-    if cp_size < 1:
-        raise InvalidValueError("cp_size must be at least 1", got=cp_size, fix="pass a number of ranks")
+    if checked_count("cp_size", cp_size, least=1, fix="pass a number of ranks") > MOST_RANKS:
+        raise InvalidValueError("cp_size is more than any group has", got=cp_size, fix="pass a number of ranks")
     if not isinstance(cp_comm_type, str):
         raise InvalidTypeError(
             "cp_comm_type must be a string", got=repr(cp_comm_type), fix=f"choose one of {', '.join(COMM_TYPES)}"
@@ -159,6 +162,16 @@ class BatchPlan:
             InvalidValueError: one of ``kv_heads`` and ``head_dim`` without the other.
             UnsupportedError: tasks of a layout whose spans have several strides, or a replicated one's.
         """
+        named = {
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "value_dim": value_dim,
+            "gradient_itemsize": gradient_itemsize,
+        }
+        for name, value in {**named, "itemsize": itemsize}.items():
+            if value is not None or name == "itemsize":
+                checked_count(name, value, least=1)
+        checked_flag("count_tasks", count_tasks)
         if (kv_heads is None) != (head_dim is None):
             raise InvalidValueError(
                 "bytes follow from kv_heads and head_dim together", got=f"{kv_heads} and {head_dim}", fix="pass both"
