@@ -113,7 +113,7 @@ class Unit:
     @property
     def sees_far(self) -> bool:
         """Whether late rows see the early ones, under every mask."""
-        return all(reach.before >= self.length - 1 for reach in self.reaches)
+        return all(before[self.number] >= self.length - 1 for _, before, _, _ in self._masks)
 
     def upto(self, row: int) -> int:
         """Area of the rows before ``row``."""
@@ -137,10 +137,10 @@ class Unit:
         """Rows that must travel, over all layers, where rows before ``row`` and from it on lie on different ranks."""
         if not 0 < row < self.length:
             return 0
-        return sum(
-            reach.weight * (min(row, reach.before) + min(self.length - row, reach.after) + reach.elsewhere)
-            for reach in self.reaches
-        )
+        number, left, total = self.number, self.length - row, 0
+        for weight, before, after, elsewhere in self._masks:
+            total += weight * (min(row, before[number]) + min(left, after[number]) + elsewhere[number])
+        return total
 
     def received(self, pieces: Sequence[tuple[int, int]]) -> int:
         """Rows, over all layers, that a rank with these ascending pieces ``(start, stop)`` needs of other ranks."""
