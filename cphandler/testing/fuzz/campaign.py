@@ -39,7 +39,7 @@ class Tally:
     def add(self, case: RandomCase, verdicts: Sequence[Verdict]) -> list[str]:
         """Count a case; what is wrong with it."""
         present = [verdict for verdict in verdicts if verdict.group >= 0]
-        complaints = [f"rank {rank}: {text}" for rank, verdict in enumerate(verdicts) for text in verdict.wrong]
+        complaints = _complaints(verdicts)
         if len({verdict.refused for verdict in present}) > 1:
             said = "; ".join(f"rank {rank} {list(v.refused)}" for rank, v in enumerate(verdicts) if v.group >= 0)
             complaints.append(f"refused by some ranks and not by others: {said}")
@@ -118,6 +118,15 @@ class Campaign:
         """The command that holds one case again."""
         drawn = "".join(f" --backend {name}" for name in self.backends)
         return f"python -m cphandler.testing.fuzz --case {case.name}{drawn}"
+
+
+def _complaints(verdicts: Sequence[Verdict]) -> list[str]:
+    """What ranks complain of, each complaint once, with the ranks that have it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, verdict in enumerate(verdicts):
+        for text in verdict.wrong:
+            ranks.setdefault(text, []).append(rank)
+    return [f"rank {' '.join(map(str, who))}: {text}" for text, who in ranks.items()]
 
 
 def _position(folder: Path, error: RankError) -> int:
