@@ -209,7 +209,7 @@ class Attending:
             self._check_zero(f"d{name}", grad, stream)
         if self.sinks_grad is not None:
             magnitude = lambda: self.magnitudes["sinks"]  # noqa: E731
-            _assert_near(self.sinks_grad, self.expected["sinks"], self.case.dtype, "gradient of the sinks", magnitude)
+            assert_near(self.sinks_grad, self.expected["sinks"], self.case.dtype, "gradient of the sinks", magnitude)
 
     def _check_rest(self) -> None:
         for name, x in self.inputs.items():
@@ -223,7 +223,7 @@ class Attending:
         def magnitude() -> Tensor:
             return self.rows[stream].take(self.magnitudes[name.removeprefix("d")], self.handler.seq_dim)
 
-        _assert_near(actual, wanted, self.case.dtype, name, magnitude)
+        assert_near(actual, wanted, self.case.dtype, name, magnitude)
 
     def _check_zero(self, name: str, x: Tensor, stream: str) -> None:
         valid = self.handler.valid_mask if stream == "q" else self.handler.kv_valid_mask
@@ -236,9 +236,7 @@ ROUNDINGS = {torch.float64: 16, torch.float32: 8, torch.bfloat16: 2, torch.float
 relative to their result: where terms cancel, no arithmetic does better."""
 
 
-def _assert_near(
-    actual: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, magnitude: Callable[[], Tensor]
-) -> None:
+def assert_near(actual: Tensor, wanted: Tensor, dtype: torch.dtype, what: str, magnitude: Callable[[], Tensor]) -> None:
     """:func:`assert_close`, but that what cancels is measured by what it is the difference of."""
     try:
         assert_close(actual, wanted, dtype=dtype, what=what)

@@ -19,6 +19,9 @@ BATCH = 24
 
 RANKS = 4
 
+SHOWN = 8
+"""Complaints that are printed of one case."""
+
 
 @dataclass
 class Tally:
@@ -62,7 +65,8 @@ class Campaign:
         seed: of all cases.
         backends: what they draw from; empty for all.
         tell: takes what is wrong, in a few lines.
-        timeout: seconds that a trip of :data:`BATCH` cases may take.
+        batch: cases of one trip to the ranks.
+        timeout: seconds that a trip may take.
     """
 
     def __init__(
@@ -72,9 +76,11 @@ class Campaign:
         *,
         backends: Sequence[str] = (),
         tell: Callable[[str], None] = print,
+        batch: int = BATCH,
         timeout: float = 90.0,
     ) -> None:
-        self.pool, self.seed, self.backends, self.tell, self.timeout = pool, seed, tuple(backends), tell, timeout
+        self.pool, self.seed, self.backends, self.tell = pool, seed, tuple(backends), tell
+        self.batch, self.timeout = batch, timeout
         self.tally = Tally()
 
     def run(self, numbers: Iterator[int], *, until: float = float("inf")) -> Iterator[int]:
@@ -84,7 +90,7 @@ class Campaign:
             numbers: of the cases.
             until: when to stop, by ``time.monotonic``.
         """
-        while time.monotonic() < until and (batch := list(islice(numbers, BATCH))):
+        while time.monotonic() < until and (batch := list(islice(numbers, self.batch))):
             self._hold(batch)
             yield len(batch)
 
@@ -110,9 +116,9 @@ class Campaign:
         case = random_case(self.seed, number, self.backends)
         complaints = self.tally.add(case, verdicts)
         if complaints:
-            self.tell(
-                "\n".join([f"WRONG {case}", *(f"  {text}" for text in complaints), f"  repeat: {self.repeat(case)}"])
-            )
+            shown = [f"  {text}" for text in complaints[:SHOWN]]
+            more = [f"  and {len(complaints) - SHOWN} more"] if len(complaints) > SHOWN else []
+            self.tell("\n".join([f"WRONG {case}", *shown, *more, f"  repeat: {self.repeat(case)}"]))
 
     def repeat(self, case: RandomCase) -> str:
         """The command that holds one case again."""

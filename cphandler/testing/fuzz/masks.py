@@ -19,6 +19,7 @@ from cphandler.tokens.masks import (
     Mask,
     PerDocument,
     PrefixLM,
+    PrefixTree,
     PrefixWindow,
     SharedQuestion,
     SlidingWindow,
@@ -108,7 +109,7 @@ def _blocks(chance: Chance, lengths: Lengths, depth: int) -> Mask:
 
 
 def _chunks(chance: Chance, lengths: Lengths, depth: int) -> Mask:
-    return Chunked(chance.choice((1, 2, 3, 7, 40)))
+    return Chunked(chance.choice((1, 2, 3, 7, 40)), chance.choice(("start", "start", "first_valid")))
 
 
 def _prefix_window(chance: Chance, lengths: Lengths, depth: int) -> Mask:
@@ -120,6 +121,18 @@ def _shared_question(chance: Chance, lengths: Lengths, depth: int) -> Mask:
         shortest = min((length for length in lengths.queries if length), default=0)
         return SharedQuestion(_segments(chance, shortest))
     return SharedQuestion(tuple(_segments(chance, length) for length in lengths.queries))
+
+
+def _trees(chance: Chance, lengths: Lengths, depth: int) -> Mask:
+    """A tree for each document, or one for all where they are equally long."""
+    if len(set(lengths.queries)) == 1:
+        return _tree(chance, lengths.queries[0])
+    return PerDocument(tuple(_tree(chance, length) for length in lengths.queries))
+
+
+def _tree(chance: Chance, length: int) -> PrefixTree:
+    nodes = chance.randint(1, 6)
+    return PrefixTree(tuple(chance.randint(-1, node - 1) for node in range(nodes)), tuple(chance.cuts(length, nodes)))
 
 
 def _segments(chance: Chance, length: int) -> tuple[int, ...]:
@@ -164,4 +177,11 @@ _Maker = Callable[[Chance, Lengths, int], Mask]
 _CROSS: dict[_Maker, float] = {_causal: 4, _full: 2, _window: 3, _bands: 2}
 """What has a meaning across two streams, and how often."""
 
-_SELF: dict[_Maker, float] = {_prefix: 1.5, _blocks: 1, _chunks: 1, _prefix_window: 1, _shared_question: 1.5}
+_SELF: dict[_Maker, float] = {
+    _prefix: 1.5,
+    _blocks: 1,
+    _chunks: 1,
+    _prefix_window: 1,
+    _shared_question: 1.5,
+    _trees: 1.5,
+}
