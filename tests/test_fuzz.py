@@ -17,7 +17,8 @@ from cphandler.backends.ring import RingHandler
 from cphandler.testing import RankPool, assert_close
 from cphandler.testing.fuzz.attention import assert_near
 from cphandler.testing.fuzz.campaign import Campaign
-from cphandler.testing.fuzz.cases import BACKENDS, Call, Move, random_case
+from cphandler.testing.fuzz.cases import Call, Look, Move, Turn
+from cphandler.testing.fuzz.drawing import BACKENDS, random_case
 from cphandler.tokens.bands import HI
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import UNBOUNDED, Table
@@ -43,7 +44,7 @@ def test_a_case_follows_from_its_seed_and_number_and_takes_one_line() -> None:
 def test_cases_are_the_whole_product() -> None:
     cases = [random_case(4, number) for number in range(1500)]
     calls = [step for case in cases for step in case.steps if isinstance(step, Call)]
-    moves = [step for case in cases for step in case.steps if isinstance(step, Move)]
+    others = [step for case in cases for step in case.steps if not isinstance(step, Call)]
     bases = [case.base for case in cases]
     names = {base.backend if isinstance(base.backend, str) else "layered" for base in bases}
     assert names == set(BACKENDS)
@@ -67,7 +68,14 @@ def test_cases_are_the_whole_product() -> None:
     assert {call.case.dtype for call in calls} == {torch.float64, torch.float32, torch.bfloat16, torch.float16}
     assert any(call.is_own_mask for call in calls)
     assert any(base.is_cross and base.batch.real for base in bases)
-    assert {move.kind for move in moves} == {"dispatch", "combine", "roll", "rope", "facts"}
+    assert {type(step) for step in others} == {Move, Turn, Look}
+    moves = [step for step in others if isinstance(step, Move)]
+    assert {move.kind for move in moves} == {"dispatch", "combine", "roll"}
+    assert {move.grad for move in moves} >= {"", "full", "partial", "replicated", "sum", "scaled"}
+    assert {case.positions for case in cases} == {"", "S", "1S", "AS", "A1S", "BS", "ABS"}
+    by_row = [base for base in bases if base.qkv_format != "thd" and (base.mask.num_documents or 1) > 1]
+    assert {base.batch.real is None for base in by_row} == {True, False}
+    assert any(case.is_copy for case in cases)
 
 
 class Looser(Mask):

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from itertools import count, islice
 
 from cphandler.testing.fuzz.campaign import RANKS, Campaign
-from cphandler.testing.fuzz.cases import random_case
+from cphandler.testing.fuzz.drawing import random_case
 from cphandler.testing.pool import RankPool
 
 SILENCE = 20.0

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from cphandler.testing.fuzz.cases import RandomCase, random_case
+from cphandler.testing.fuzz.cases import RandomCase
+from cphandler.testing.fuzz.drawing import random_case
 from cphandler.testing.fuzz.hold import Verdict, hold_many
 from cphandler.testing.pool import RankError, RankPool
 

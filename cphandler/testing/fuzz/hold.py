@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +17,12 @@ from cphandler.errors import CPError, RankMismatchError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.testing.cases import make_handler
 from cphandler.testing.fuzz.attention import Attending
-from cphandler.testing.fuzz.cases import Call, Move, RandomCase, random_case
-from cphandler.testing.fuzz.movement import Moving
+from cphandler.testing.fuzz.cases import Call, Look, RandomCase, Step, Turn
+from cphandler.testing.fuzz.drawing import random_case
+from cphandler.testing.fuzz.facts import Truth
+from cphandler.testing.fuzz.movement import Comparing, Looking, Moving
 from cphandler.testing.fuzz.tensors import Rows
+from cphandler.testing.fuzz.turning import Turning
 from cphandler.testing.pool import partition_group
 
 REFUSALS = ("splits the query heads evenly over the ranks",)
@@ -72,16 +77,21 @@ def hold(case: RandomCase) -> Verdict:
     mine = next((i for i, part in enumerate(case.parts) if dist.get_rank() in part), -1)
     if mine < 0:
         return Verdict()
+    seed = (case.seed * 1_000_003 + case.number * 1009 + mine * 31) % (1 << 40)
+    truth = Truth(case, seed)
     try:
-        handler = _made(case, group)
+        handler = _made(truth, group)
     except CPError as error:
         return Verdict(refused=(_refusal(error),), group=mine)
-    return _Held(case, handler, mine).verdict()
+    return _Held(truth, handler, mine, seed).verdict()
 
 
-def _made(case: RandomCase, group: dist.ProcessGroup | None) -> ContextParallelHandler:
-    cross = {"cross_attention": True} if case.base.is_cross else {}
-    return make_handler(case.base, None if case.is_alone else group, **cross)
+def _made(truth: Truth, group: dist.ProcessGroup | None) -> ContextParallelHandler:
+    case, arguments = truth.case, truth.arguments
+    if case.base.is_cross:
+        arguments["cross_attention"] = True
+    handler = make_handler(case.base, None if case.is_alone else group, **arguments)
+    return copy.deepcopy(handler) if case.is_copy else handler
 
 
 def _refusal(error: CPError) -> str:
@@ -98,17 +108,18 @@ class _Held:
     """A case on this rank.
 
     Args:
-        case: what is asked.
+        truth: what is asked, and what is true of its tokens.
         handler: of this rank.
         mine: number of the rank's group.
+        seed: of the group's data.
     """
 
-    def __init__(self, case: RandomCase, handler: ContextParallelHandler, mine: int) -> None:
-        self.case, self.handler, self.mine = case, handler, mine
+    def __init__(self, truth: Truth, handler: ContextParallelHandler, mine: int, seed: int) -> None:
+        self.truth, self.case, self.handler = truth, truth.case, handler
+        self.mine, self.seed = mine, seed
         self.rows = {"q": Rows(handler.layout, handler.cp_rank), "kv": Rows(handler.kv_layout, handler.cp_rank)}
-        self.seed = (case.seed * 1_000_003 + case.number * 1009 + mine * 31) % (1 << 40)
         self.refused: list[str] = []
-        self.steps: list[tuple[int, Attending | Moving]] = []
+        self.steps: list[tuple[int, Attending | Comparing]] = []
 
     def verdict(self) -> Verdict:
         """Run all steps, then compare; nothing communicates once a complaint may be made."""
@@ -124,17 +135,22 @@ class _Held:
         wrong = [f"({n + 1}) {text}" for n, step in self.steps for text in step.complaints()]
         return Verdict(tuple(wrong), tuple(self.refused), len(self.steps), self.mine)
 
-    def _run(self, number: int, step: Call | Move, waiting: list[Attending]) -> None:
+    def _run(self, number: int, step: Step, waiting: list[Attending]) -> None:
         seed = self.seed + 101 * number
         if isinstance(step, Call):
             attending = Attending(step, self.handler, self.rows, seed)
             attending.forward()
             waiting.append(attending)
             self.steps.append((number, attending))
+            return
+        running: Looking | Turning | Moving
+        if isinstance(step, Look):
+            running = Looking(step, self.truth, self.handler, self.rows)
         else:
-            moving = Moving(step, self.case.base, self.handler, self.rows, seed)
-            moving.run()
-            self.steps.append((number, moving))
+            kind: Any = Turning if isinstance(step, Turn) else Moving
+            running = kind(step, self.truth, self.handler, self.rows, seed)
+        running.run()
+        self.steps.append((number, running))
 
     def _backward(self, waiting: list[Attending]) -> None:
         """Backward of the calls that have not had it, in the case's order."""

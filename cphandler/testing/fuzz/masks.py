@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cphandler.testing.cases import Batch
 from cphandler.testing.fuzz.chance import Chance
@@ -35,12 +35,14 @@ class Lengths:
         keys: of each key document; the same for self attention.
         is_cross: whether keys are a stream of their own.
         may_align: whether a diagonal needs no word on where it lies.
+        rows: rows of a dense batch for which a mask may have one of something each; 0 for none.
     """
 
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     is_cross: bool
     may_align: bool = True
+    rows: int = 0
 
     @classmethod
     def of(cls, batch: Batch, qkv_format: str) -> Lengths:
@@ -49,12 +51,21 @@ class Lengths:
             length = len(batch.real[0]) if batch.real is not None and batch.keys is None else sum(batch.lengths)
             other = length if batch.keys is None else sum(batch.keys)
             fits = batch.keys is None or (other == length and batch.real is None)
-            return cls((length,), (other,), batch.keys is not None, fits)
+            return cls((length,), (other,), batch.keys is not None, fits, len(batch.real or "x" * batch.rows))
         queries = batch.padded or batch.lengths
         if batch.keys is None:
             return cls(queries, queries, False)
         keys = batch.keys_padded or batch.keys
         return cls(queries, keys, True, queries == keys and batch.lengths == batch.keys)
+
+    def of_known_rows(self, rows: int | None) -> Lengths:
+        """The same for the calls of a handler that knows its rows, or that knows of none."""
+        return replace(self, rows=rows or 0)
+
+    @property
+    def by_row(self) -> Lengths:
+        """The rows of a dense batch, each a document."""
+        return replace(self, queries=self.queries * self.rows, keys=self.keys * self.rows, rows=0)
 
     @property
     def as_one(self) -> Lengths:
@@ -75,6 +86,8 @@ def random_mask(chance: Chance, lengths: Lengths, *, depth: int = 0) -> Mask:
         lengths: of the documents.
         depth: masks that hold this one.
     """
+    if lengths.rows > 1 and not depth and chance.happens(0.2):
+        return chance.pick(_BY_ROW_CROSS if lengths.is_cross else _BY_ROW)(chance, lengths.by_row, 1)
     simple = _CROSS if lengths.is_cross else {**_CROSS, **_SELF}
     weights = dict(simple) if depth > 1 else {**simple, _per_document: 2, _across_documents: 1.5}
     return chance.pick(weights)(chance, lengths, depth)
@@ -185,3 +198,9 @@ _SELF: dict[_Maker, float] = {
     _shared_question: 1.5,
     _trees: 1.5,
 }
+
+_BY_ROW_CROSS: dict[_Maker, float] = {_per_document: 1}
+"""What may be another for each row of a dense batch, across two streams."""
+
+_BY_ROW: dict[_Maker, float] = {_per_document: 4, _prefix: 1, _shared_question: 1, _trees: 1}
+"""The same in self attention."""
