@@ -8,9 +8,12 @@ VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
 DEMO ?=
+MINUTES ?=
+SEED ?=
+FUZZ ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all check format lint types build bench precision options planning clean
+.PHONY: help demo test test-all fuzz check format lint types build bench precision options planning clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -36,6 +39,10 @@ test: $(VENV)/installed
 ## make test-all  the test suite with the slow sweeps
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(PYTEST)
+
+## make fuzz      random configurations against the dense reference, MINUTES=5 SEED=7 or FUZZ="--case 7:123"
+fuzz: $(VENV)/installed
+	$(BIN)/python -m cphandler.testing.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(FUZZ)
 
 ## make check     format, lint, types and tests: what CI runs
 check: lint types test

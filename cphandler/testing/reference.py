@@ -313,6 +313,69 @@ def dense_gradients(
     return out.detach(), lse.detach(), list(grads)
 
 
+def dense_magnitudes(
+    tensors: Sequence[Tensor],
+    visible: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    *,
+    qkv_format: str,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    keep: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> dict[str, Tensor]:
+    """What rounding errors of :func:`dense_gradients` are relative to: its sums, over absolute values.
+
+    Terms of both signs may cancel, to nothing where a row sees one key: the gradients are then far smaller than the
+    rounding errors of their terms, in any arithmetic.
+
+    Args:
+        tensors: see :func:`dense_gradients`, as for the others.
+        visible: who sees whom.
+        grad_out: gradient of the output.
+        grad_lse: gradient of the log-sum-exp; None for none.
+        qkv_format: order of dims.
+        softmax_scale: factor on the scores.
+        softcap: bound on the scores; None for none.
+        sinks: ``[N]`` logits without a value; None for none.
+        keep: the weights that dropout keeps; None keeps all.
+        dropout_p: what kept weights are scaled for.
+
+    Returns:
+        ``out`` and ``lse`` in the shapes of the results, ``q``, ``k``, ``v`` and ``sinks`` in those of the gradients.
+    """
+    q, k, v, grad = (_heads_first(x.detach().double(), qkv_format) for x in (*tensors, grad_out))
+    query, key, value = (x.detach().double() for x in tensors)
+    options: dict[str, Any] = {"qkv_format": qkv_format, "softmax_scale": softmax_scale, "softcap": softcap}
+    extra = None if sinks is None else sinks.detach().double()
+    out, lse = dense_attention(query, key, value, visible, sinks=extra, keep=keep, dropout_p=dropout_p, **options)
+    lse_rows = lse.unsqueeze(-1) if grad_lse is None else torch.stack([lse, grad_lse.double()], -1)
+    lse_rows = _heads_first(lse_rows, qkv_format).masked_fill(~_per_head(visible).any(-1, keepdim=True), 0.0)
+    scores, lengths = _scaled_scores(q, k, softmax_scale), _scaled_scores(q.abs(), k.abs(), softmax_scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = torch.exp(scores - lse_rows[..., :1]).masked_fill(~_per_head(visible), 0.0) * (1.0 + lengths)
+    kept = weights if keep is None else weights * keep / (1.0 - dropout_p)
+    pulled = torch.einsum("bnsd,bntd->bnst", grad, _for_query_heads(v, q.shape[1])).abs()
+    row = (_heads_first(out, qkv_format) * grad).sum(-1, keepdim=True).abs() + lse_rows[..., 1:].sum(
+        -1, keepdim=True
+    ).abs()
+    spread = (weights * row + kept * pulled) * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+
+    def of_keys(x: Tensor) -> Tensor:
+        return _heads_back(x.unflatten(1, (k.shape[1], -1)).sum(2), qkv_format)
+
+    return {
+        "out": _heads_back(kept @ _for_query_heads(v, q.shape[1]).abs(), qkv_format),
+        "lse": _heads_back(1.0 + (weights * lengths).sum(-1), qkv_format),
+        "q": _heads_back(spread @ _for_query_heads(k, q.shape[1]).abs(), qkv_format),
+        "k": of_keys(spread.transpose(-1, -2) @ q.abs()),
+        "v": of_keys(kept.transpose(-1, -2) @ grad.abs()),
+        "sinks": row.sum((0, 2, 3)),
+    }
+
+
 def dense_rope(tensor: Tensor, angles: Tensor, *, seq_dim: int, interleaved: bool = False) -> Tensor:
     """Rope as multiplication by ``exp(i * angle)``.
 

@@ -1,0 +1,164 @@
+"""What runs on a rank: a random case's handler made, its calls made in order, and everything compared."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cphandler.errors import CPError, RankMismatchError, UnsupportedError
+from cphandler.handler.contract import ContextParallelHandler
+from cphandler.testing.cases import make_handler
+from cphandler.testing.fuzz.attention import Attending
+from cphandler.testing.fuzz.cases import Call, Look, RandomCase, Step, Turn
+from cphandler.testing.fuzz.drawing import random_case
+from cphandler.testing.fuzz.facts import Truth
+from cphandler.testing.fuzz.movement import Comparing, Looking, Moving
+from cphandler.testing.fuzz.tensors import Rows
+from cphandler.testing.fuzz.turning import Turning
+from cphandler.testing.pool import partition_group
+
+REFUSALS = ("splits the query heads evenly over the ranks",)
+"""What may be refused as a wrong value, since the case generator does not know what a class serves."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One rank's word on one case.
+
+    Attributes:
+        wrong: complaints, ``"step: what is off"``.
+        refused: refusals, without what they got.
+        held: steps that were computed.
+        group: the rank's group among the case's parts; -1 for a rank that sat out.
+    """
+
+    wrong: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    held: int = 0
+    group: int = -1
+
+
+def hold_many(names: Sequence[tuple[int, int]], backends: Sequence[str], folder: str) -> list[Verdict]:
+    """Hold several cases to the laws, one after the other.
+
+    Args:
+        names: seed and number of each.
+        backends: what they draw from.
+        folder: where each rank says which case it is at, for the time that it does not come back.
+
+    Raises:
+        Exception: whatever a handler raised that is no refusal. The other ranks then wait in vain.
+    """
+    place = Path(folder) / f"rank-{dist.get_rank()}"
+    file = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    verdicts = []
+    try:
+        for i, (seed, number) in enumerate(names):
+            os.pwrite(file, b"%08d" % i, 0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                verdicts.append(hold(random_case(seed, number, backends)))
+    finally:
+        os.close(file)
+    return verdicts
+
+
+def hold(case: RandomCase) -> Verdict:
+    """Hold one case to the laws."""
+    group = partition_group(case.parts)
+    mine = next((i for i, part in enumerate(case.parts) if dist.get_rank() in part), -1)
+    if mine < 0:
+        return Verdict()
+    seed = (case.seed * 1_000_003 + case.number * 1009 + mine * 31) % (1 << 40)
+    truth = Truth(case, seed)
+    try:
+        handler = _made(truth, group)
+    except CPError as error:
+        return Verdict(refused=(_refusal(error),), group=mine)
+    return _Held(truth, handler, mine, seed).verdict()
+
+
+def _made(truth: Truth, group: dist.ProcessGroup | None) -> ContextParallelHandler:
+    case, arguments = truth.case, truth.arguments
+    if case.base.is_cross:
+        arguments["cross_attention"] = True
+    handler = make_handler(case.base, None if case.is_alone else group, **arguments)
+    return copy.deepcopy(handler) if case.is_copy else handler
+
+
+def _refusal(error: CPError) -> str:
+    """A refusal in words; anything else goes on as it came."""
+    text = str(error)
+    if isinstance(error, RankMismatchError):
+        raise error
+    if isinstance(error, UnsupportedError) or any(known in text for known in REFUSALS):
+        return text.split("; ", maxsplit=1)[0]
+    raise error
+
+
+class _Held:
+    """A case on this rank.
+
+    Args:
+        truth: what is asked, and what is true of its tokens.
+        handler: of this rank.
+        mine: number of the rank's group.
+        seed: of the group's data.
+    """
+
+    def __init__(self, truth: Truth, handler: ContextParallelHandler, mine: int, seed: int) -> None:
+        self.truth, self.case, self.handler = truth, truth.case, handler
+        self.mine, self.seed = mine, seed
+        self.rows = {"q": Rows(handler.layout, handler.cp_rank), "kv": Rows(handler.kv_layout, handler.cp_rank)}
+        self.refused: list[str] = []
+        self.steps: list[tuple[int, Attending | Comparing]] = []
+
+    def verdict(self) -> Verdict:
+        """Run all steps, then compare; nothing communicates once a complaint may be made."""
+        waiting: list[Attending] = []
+        for number, step in enumerate(self.case.steps):
+            try:
+                self._run(number, step, waiting)
+            except CPError as error:
+                self.refused.append(_refusal(error))
+            if self.case.backward == "at once":
+                self._backward(waiting)
+        self._backward(waiting)
+        wrong = [f"({n + 1}) {text}" for n, step in self.steps for text in step.complaints()]
+        return Verdict(tuple(wrong), tuple(self.refused), len(self.steps), self.mine)
+
+    def _run(self, number: int, step: Step, waiting: list[Attending]) -> None:
+        seed = self.seed + 101 * number
+        if isinstance(step, Call):
+            attending = Attending(step, self.handler, self.rows, seed)
+            attending.forward()
+            waiting.append(attending)
+            self.steps.append((number, attending))
+            return
+        running: Looking | Turning | Moving
+        if isinstance(step, Look):
+            running = Looking(step, self.truth, self.handler, self.rows)
+        else:
+            kind: Any = Turning if isinstance(step, Turn) else Moving
+            running = kind(step, self.truth, self.handler, self.rows, seed)
+        running.run()
+        self.steps.append((number, running))
+
+    def _backward(self, waiting: list[Attending]) -> None:
+        """Backward of the calls that have not had it, in the case's order."""
+        calls = waiting[::-1] if self.case.backward == "reverse" else waiting
+        roots = [call.roots() for call in calls]
+        for batch in [[pair for pairs in roots for pair in pairs]] if self.case.backward == "together" else roots:
+            if batch:
+                torch.autograd.backward([root for root, _ in batch], [grad for _, grad in batch])
+        for call in calls:
+            call.after_backward()
+        waiting.clear()
