@@ -115,7 +115,8 @@ def life(rank: int, folder: str) -> None:
     Path(folder, f"told-{rank}").write_text(f"{told.kind}: {told.message}")
 
 
-def test_a_rank_that_has_ended(tmp_path: Path) -> None:
+def test_a_rank_that_has_ended(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(dist.get_rank)  # processes then start in milliseconds, as copies of one that has loaded torch
     context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=life, args=(rank, str(tmp_path)), daemon=True) for rank in range(3)]
     for process in processes:

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # loaded later, by operators' first call, it holds the world group for good
 from torch import Tensor
 
 from cphandler.comm.traffic import record_sent

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
+import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cphandler import get_cp_handler_cls
 from cphandler.demo.corpus import packed_batches
+from cphandler.demo.pulse import Pulse
 from cphandler.demo.report import Comparison, compare, print_table, write_json, write_plot
 from cphandler.demo.training import RunResult, RunSettings, train
 from cphandler.errors import InvalidValueError
@@ -154,9 +158,15 @@ class LocalRanks:
 
 
 class TorchrunRanks:
-    """The ranks torchrun started, on one machine or several."""
+    """The ranks torchrun started, on one machine or several.
 
-    def __init__(self) -> None:
+    Args:
+        interval: seconds from one sign of life between ranks to the next.
+        limit: seconds to wait for one.
+    """
+
+    def __init__(self, interval: float = 5.0, limit: float = 30.0) -> None:
+        self._interval, self._limit = interval, limit
         self.is_first = int(os.environ["RANK"]) == 0
         on_gpu = torch.cuda.is_available()
         self._device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
@@ -167,10 +177,21 @@ class TorchrunRanks:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(1)
-        # The other ranks wait while the first one trains alone.
+        # The other ranks wait while the first one trains alone; the pulse tells of one that is lost.
         dist.init_process_group(self._backend, timeout=timedelta(seconds=RUN_LIMIT))
+        self._pulse = Pulse(self._interval, self._limit)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:  # what waits for the other ranks cannot be ended in order
+            traceback.print_exception(error)
+            sys.stdout.flush()
+            self._pulse.look()
+            os._exit(1)
+        self._pulse.stop()
+        # A group's threads end with the last reference to it, and one that lets go of a tensor while Python shuts down
+        # ends the process by SIGABRT. Handlers refer to themselves, and hold the group until they are collected.
+        del self._pulse
+        gc.collect()
         dist.destroy_process_group()
 
     def run(self, settings: RunSettings, batches: list[dict[str, Any]]) -> list[RunResult]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -180,6 +181,8 @@ def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
         )
         while request := connection.recv_bytes():
             connection.send_bytes(_reply(request))
+        _groups.clear()
+        gc.collect()  # a group's threads end with the last reference to it, and must not outlive Python
         dist.destroy_process_group()
 
 
