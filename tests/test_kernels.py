@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,7 @@ from cphandler.kernels.kernel import COLUMNS, ROWS, Gradients, Saved
 from cphandler.kernels.merge import merge_into
 from cphandler.kernels.reference import ReferenceKernel
 from cphandler.kernels.strips import additive_mask, strips, tiles
+from cphandler.kernels.tables import DeviceTables
 from cphandler.kernels.torch_cuda import TorchCudaKernel
 from cphandler.precision import accumulator_dtype
 from cphandler.testing import assert_close
@@ -236,7 +238,7 @@ def test_cuts_cover_a_task_once(
     if task is None:
         return
     widest += cut is tiles  # at least one column
-    counts = torch.zeros(nq + 4, nk + 4, dtype=torch.int64)
+    counts, kept = torch.zeros(nq + 4, nk + 4, dtype=torch.int64), DeviceTables(2)
     for part in cut(task, rows, widest):
         cells = open_cells(part, *counts.shape)
         counts += cells
@@ -246,8 +248,9 @@ def test_cuts_cover_a_task_once(
         assert block.any(1).all(), "no row of a part is blind: the kernels answer that with a wrong log-sum-exp"
         assert part.is_full == bool(block.all())
         if not part.is_full:
-            mask = additive_mask(part, torch.float32, torch.device("cpu"))
-            assert torch.equal(mask == 0, block)
+            for tables in (None, kept):
+                mask = additive_mask(part, torch.float32, torch.device("cpu"), tables)
+                assert torch.equal(mask == 0, block)
     assert torch.equal(counts, open_cells(task, *counts.shape).long())
 
 
@@ -279,7 +282,7 @@ def check_max_logit(
     seen = sum((open_cells(task, queries, keys) for task in tasks), torch.zeros(queries, keys, dtype=torch.bool))
     expected = scores.masked_fill(~seen[:, None], float("-inf")).amax((0, 1, 3))
     result = torch.full((n,), float("-inf"), dtype=accumulator_dtype(dtype))
-    get_kernel("torch", "cpu").max_logit(q, k, tasks, scale, result)
+    get_kernel("torch", "cpu").max_logit(q, k, tasks, Softmax(scale), result)
     torch.testing.assert_close(result, expected.to(result.dtype))
 
 
@@ -289,10 +292,10 @@ def test_the_largest_logit_of_long_and_of_no_tasks() -> None:
     result = torch.tensor([float("-inf"), 1e3])
     q = torch.randn(1, 4, 2, 8)
     kernel = get_kernel("reference", "cpu")
-    kernel.max_logit(q, q, [Task(0, 4, 0, 4, -UNBOUNDED, 0)], 1.0, result)
+    kernel.max_logit(q, q, [Task(0, 4, 0, 4, -UNBOUNDED, 0)], Softmax(1.0), result)
     assert torch.isfinite(result[0])
     assert result[1] == 1e3, "a larger one from before stays"
-    kernel.max_logit(q[:0], q[:0], [Task(0, 4, 0, 4, -UNBOUNDED, 0)], 1.0, result)
+    kernel.max_logit(q[:0], q[:0], [Task(0, 4, 0, 4, -UNBOUNDED, 0)], Softmax(1.0), result)
 
 
 def test_merge_is_safe_where_nothing_is_seen() -> None:
@@ -630,3 +633,35 @@ class Loud(Kernel):
 
     def backward(self, *args: object) -> None:
         raise NotImplementedError
+
+
+def test_tables_are_made_once_and_freed_with_their_keeper() -> None:
+    tables, cpu = DeviceTables(), torch.device("cpu")
+    window = Task(0, 128, 0, 256, -3, 4)
+    with torch.inference_mode():
+        first = additive_mask(window, torch.float32, cpu, tables)
+    assert not first.is_inference(), "scored first, the same batch may train later"
+    assert additive_mask(window, torch.float32, cpu, tables).data_ptr() == first.data_ptr()
+    assert additive_mask(window, torch.bfloat16, cpu, tables).dtype == torch.bfloat16
+    assert len(tables) == 2
+    assert first._base is not None
+    table = weakref.ref(first._base)
+    del tables, first
+    assert table() is None
+
+
+def test_tables_beyond_the_limit_are_made_anew() -> None:
+    tables, cpu = DeviceTables(2), torch.device("cpu")
+    for number in (1, 2, 1, 3, 1):
+        assert tables.get(number, cpu, lambda number=number: torch.tensor(number)) == number  # type: ignore[misc]
+        assert len(tables) <= 2
+
+
+def test_each_stream_has_its_own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA does about it is not run here; the streams are made up."""
+    tables, cpu, seen = DeviceTables(), torch.device("cpu"), []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr("cphandler.kernels.tables._stream", lambda _, stream=stream: stream)
+        seen.append(tables.get("x", cpu, lambda: torch.zeros(())))
+    assert seen[0] is seen[2]
+    assert seen[0] is not seen[1]

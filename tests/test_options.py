@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +28,7 @@ from cphandler import (
     merge,
     record_traffic,
 )
+from cphandler.attention import loop
 from cphandler.testing import RankPool, assert_close, dense_attention, dense_gradients, dense_max_logit
 from cphandler.testing.cases import Batch, Case, draw, group_of, make_handler, visible
 from cphandler.testing.laws import OwnAttention
@@ -123,6 +126,32 @@ def module_case(case: Case) -> None:
 def test_a_callers_own_attention(ranks: RankPool, backend: str, cp_size: int, qkv_format: str) -> None:
     for batch in (Batch((13, 3, 6)), Batch((7, 0, 9), padded=(8, 4, 16))) if qkv_format == "thd" else (Batch((11,)),):
         ranks.run(module_case, Case(backend, cp_size, qkv_format, batch=batch))
+
+
+def tables_of_a_batch(case: Case) -> None:
+    """What the kernel and the exchange keep on a device serves all layers, and goes with the handler."""
+    group, seed = group_of(case)
+    gc.collect()
+    before = set(loop._in_use.keys())
+    handler = make_handler(case, group)
+    q, k, v, grad = local_tensors(case, seed, handler)
+    for layer in range(2):
+        handler.core_attn(None, q, k, v).backward(grad)
+        (packed,) = set(loop._in_use.keys()) - before
+        tables = [table for kept in (loop._in_use[packed].rows, loop._in_use[packed].masks) for table in kept]
+        assert len(loop._in_use[packed].masks) > 0, "no mask: this case tests nothing"
+        assert len(loop._in_use[packed].rows) > 0, "few runs: this case tests nothing"
+        if layer == 0:
+            first = [weakref.ref(table) for table in tables]
+        else:
+            assert all(a() is b for a, b in zip(first, tables, strict=True))
+    del handler, packed, tables
+    gc.collect()
+    assert all(table() is None for table in first)
+
+
+def test_tables_on_devices_go_with_the_batch(ranks: RankPool) -> None:
+    ranks.run(tables_of_a_batch, Case("p2p", 4, batch=Batch((40,) * 20), mask=SlidingWindow(1)))
 
 
 class LearnedAttention(torch.nn.Module):

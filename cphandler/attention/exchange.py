@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.errors import InvalidValueError
+from cphandler.kernels.tables import DeviceTables
 from cphandler.plan.plan import FROM, Needs, Plan
 from cphandler.registry import Registry, normal
 from cphandler.tokens.intervals import Table, expand
@@ -32,6 +31,7 @@ class Route(NamedTuple):
     Attributes:
         plan: this rank's plan.
         group_name: the group to exchange in.
+        tables: row numbers on devices, kept with the plan; see :func:`rows_of`.
         places: for one gather, ``[S]`` place ``rank * L + row`` of each global token, on the rows' device; None leaves
             the gathered rows in rank order.
         wire: dtype in which gradients travel; None is the accumulator's.
@@ -39,6 +39,7 @@ class Route(NamedTuple):
 
     plan: Plan
     group_name: str
+    tables: DeviceTables
     places: Tensor | None = None
     wire: torch.dtype | None = None
 
@@ -311,7 +312,7 @@ def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer,
     received = None
     if source >= 0:
         received = _Buffer.empty_like(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
-    sends = [(_packed_runs(rows, plan.runs(stage, sent=True)).flat, to)] if to >= 0 else []
+    sends = [(_packed_runs(route, rows, plan.runs(stage, sent=True)).flat, to)] if to >= 0 else []
     receives = [] if received is None else [(received.flat, source)]
     return collectives.post(sends, receives, route.group_name), received
 
@@ -345,7 +346,7 @@ class _Returns:
         if self._arriving is not None:
             runs, arrived = self._arriving
             for total, part in zip(self.home, arrived.rows, strict=True):
-                _add_runs(total, part, runs)
+                _add_runs(self.route, total, part, runs)
             self._arriving = None
 
 
@@ -353,10 +354,10 @@ _FEW_RUNS = 16
 """Up to so many runs are copied one by one; more are taken by an index."""
 
 
-def _packed_runs(rows: Rows, runs: Table) -> _Buffer:
+def _packed_runs(route: Route, rows: Rows, runs: Table) -> _Buffer:
     """The rows of runs ``(start, length)``, end to end."""
     if len(runs) > _FEW_RUNS:
-        index = rows_of(runs, rows[0].device)
+        index = rows_of(runs, rows[0].device, route.tables)
         return _Buffer.of(tuple(row.index_select(1, index) for row in rows))
     packed = _Buffer.empty_like(rows, int(runs[:, 1].sum()))
     for part, row in zip(packed.rows, rows, strict=True):
@@ -367,10 +368,10 @@ def _packed_runs(rows: Rows, runs: Table) -> _Buffer:
     return packed
 
 
-def _add_runs(total: Tensor, part: Tensor, runs: Table) -> None:
+def _add_runs(route: Route, total: Tensor, part: Tensor, runs: Table) -> None:
     """Add rows that lie end to end to the runs they came from."""
     if len(runs) > _FEW_RUNS:
-        index = rows_of(runs, total.device)
+        index = rows_of(runs, total.device, route.tables)
         total.index_copy_(1, index, total.index_select(1, index).add_(part))
         return
     first = 0
@@ -379,19 +380,12 @@ def _add_runs(total: Tensor, part: Tensor, runs: Table) -> None:
         first += length
 
 
-def rows_of(runs: Table, device: torch.device) -> Tensor:
+def rows_of(runs: Table, device: torch.device, tables: DeviceTables) -> Tensor:
     """The row numbers in runs ``(start, length)``, end to end, on a device; not to be written to.
 
-    Every layer of a batch asks for the same ones, and another batch for others: the last ones are kept.
+    Every layer of a batch asks for the same ones.
     """
-    return _rows_of(runs.tobytes(), device)
-
-
-@lru_cache(maxsize=128)
-def _rows_of(runs: bytes, device: torch.device) -> Tensor:
-    starts, lengths = np.frombuffer(runs, dtype=np.int64).reshape(-1, 2).T
-    with torch.inference_mode(mode=False):  # asked for by an evaluation first, they may serve training later
-        return torch.from_numpy(expand(starts, lengths)).to(device)
+    return tables.get(runs.tobytes(), device, lambda: torch.from_numpy(expand(*runs.T)).to(device))
 
 
 class GatherExchange(Exchange):

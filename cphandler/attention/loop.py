@@ -19,6 +19,7 @@ from cphandler.errors import UnsupportedError
 from cphandler.kernels import Kernel, Softmax, Task, get_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
+from cphandler.kernels.tables import DeviceTables
 from cphandler.plan.plan import Plan
 from cphandler.plan.tasks import OWNER
 from cphandler.precision import accumulator_dtype
@@ -145,25 +146,43 @@ class Scalars(NamedTuple):
         scalars = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(repeats))
         return scalars, Indices.unpacked(flat, places, queries, owners)
 
-    def route(self, plan: Tensor, places: Tensor | None) -> Route:
+    def route(self, plan: _PlanInUse, places: Tensor | None) -> Route:
         """What the exchange must know."""
         wire = getattr(torch, self.wire) if self.wire else None
-        return Route(_unpacked_plan(plan), self.group_name, places, wire)
+        return Route(plan.plan, self.group_name, plan.rows, places, wire)
 
 
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Per packed plan, its version when it was unpacked, and the plan; gone with the tensor."""
+MOST_MASKS = 32
+"""Tables of hidden scores kept with a plan, a few MB each at most; only windows of many widths need more."""
 
 
-def _unpacked_plan(packed: Tensor) -> Plan:
+class _PlanInUse:
+    """A plan that was unpacked, and what is kept with it on devices.
+
+    Attributes:
+        version: count of writes to the packed plan.
+        plan: the plan.
+        rows: row numbers of its messages.
+        masks: tables of hidden scores of its tasks.
+    """
+
+    def __init__(self, packed: Tensor, version: int) -> None:
+        self.version, self.plan = version, Plan.from_tensor(packed)
+        self.rows, self.masks = DeviceTables(), DeviceTables(MOST_MASKS)
+
+
+_in_use: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Per packed plan, what was made of it; gone with the tensor."""
+
+
+def _unpacked(packed: Tensor) -> _PlanInUse:
     """The plan in a tensor: unpacked once for all layers and passes, and again where the tensor was written to."""
     if packed.is_inference():  # keeps no count of writes
-        return Plan.from_tensor(packed)
-    known: tuple[int, Plan] | None = _plans.get(packed)
-    if known is None or known[0] != packed._version:
-        known = packed._version, Plan.from_tensor(packed)
-        _plans[packed] = known
-    return known[1]
+        return _PlanInUse(packed, 0)
+    known: _PlanInUse | None = _in_use.get(packed)
+    if known is None or known.version != packed._version:
+        known = _in_use[packed] = _PlanInUse(packed, packed._version)
+    return known
 
 
 def attention(
@@ -242,8 +261,9 @@ def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats
 class _Weighting:
     """How scores become weights, block by block."""
 
-    def __init__(self, scalars: Scalars, q: Tensor, indices: Indices) -> None:
-        self._plain = Softmax(scalars.scale, scalars.softcap or None)
+    def __init__(self, scalars: Scalars, q: Tensor, indices: Indices, in_use: _PlanInUse) -> None:
+        self._plain = Softmax(scalars.scale, scalars.softcap or None, masks=in_use.masks)
+        self._rows = in_use.rows
         self._p, self._keys = scalars.dropout_p, None
         _, queries, keys = indices
         if scalars.dropout_p and queries is not None and keys is not None:
@@ -259,7 +279,7 @@ class _Weighting:
             return self._plain
         keys = self._keys[block.owner]
         if block.runs is not None:
-            keys = keys[rows_of(block.runs, keys.device)]
+            keys = keys[rows_of(block.runs, keys.device, self._rows)]
         return self._plain._replace(dropout=Dropout(self._p, self._states, keys))
 
 
@@ -296,8 +316,10 @@ def attention_forward(
     accumulator = accumulator_dtype(q.dtype)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=accumulator)
     lse = q.new_full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    compute, weighting = get_kernel(scalars.kernel, q.device.type), _Weighting(scalars, q, where)
-    for block in _blocks(scalars, scalars.route(plan, where.places), (k, v)):
+    in_use = _unpacked(plan)
+    route = scalars.route(in_use, where.places)
+    compute, weighting = get_kernel(scalars.kernel, q.device.type), _Weighting(scalars, q, where, in_use)
+    for block in _blocks(scalars, route, (k, v)):
         block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
         if q.shape[2]:  # a rank without heads only takes part in the exchange
             compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
@@ -351,8 +373,10 @@ def attention_backward(
     accumulator = accumulator_dtype(q.dtype)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator) for x in (q, k, v))
     compute: Kernel = get_kernel(scalars.kernel, q.device.type)
-    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(scalars, q, where)
-    for block in _blocks(scalars, scalars.route(plan, where.places), (k, v), home=(dk, dv)):
+    in_use = _unpacked(plan)
+    route = scalars.route(in_use, where.places)
+    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(scalars, q, where, in_use)
+    for block in _blocks(scalars, route, (k, v), home=(dk, dv)):
         block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
         grads = Gradients(dq, *(_per_head(x, scalars.repeats, zeros=True) for x in block.grads))
         if q.shape[2]:
@@ -378,9 +402,11 @@ def largest_scores(
     scalars, where = Scalars.unpacked(indices, floats, integers, names)
     result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
     compute = get_kernel(scalars.kernel, q.device.type)
-    for block in _blocks(scalars, scalars.route(plan, where.places), (k,)):
+    in_use = _unpacked(plan)
+    softmax = Softmax(scalars.scale, masks=in_use.masks)
+    for block in _blocks(scalars, scalars.route(in_use, where.places), (k,)):
         if q.shape[2]:
-            compute.max_logit(q, _per_head(block.rows[0], scalars.repeats), _tasks(block), scalars.scale, result)
+            compute.max_logit(q, _per_head(block.rows[0], scalars.repeats), _tasks(block), softmax, result)
         del block
     return result
 

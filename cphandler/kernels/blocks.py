@@ -58,6 +58,7 @@ class BlockKernel(Kernel):
             raise UnsupportedError(
                 f"kernel {self.name!r} cannot be used here", got=refused, fix='use CPConfig(kernel="reference")'
             )
+        softmax = softmax.prepared()
         for task in tasks:
             for block in self.blocks(task, q):
                 yield block, softmax if softmax.dropout is None else softmax.of(block.rows, block.keys)

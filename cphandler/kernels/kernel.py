@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cphandler.kernels.dropout import Dropout
 from cphandler.kernels.strips import additive_mask, tiles
+from cphandler.kernels.tables import DeviceTables
 from cphandler.kernels.task import Tasks
 from cphandler.precision import accumulator_dtype
 
@@ -29,15 +30,21 @@ class Softmax(NamedTuple):
         scale: factor on the scores.
         softcap: what capped scores stay below, above 0; None leaves them as they are.
         dropout: which weights are dropped; None keeps all. The log-sum-exp knows nothing of it.
+        masks: where tables of hidden scores are kept from call to call; None keeps them for one call.
     """
 
     scale: float
     softcap: float | None = None
     dropout: Dropout | None = None
+    masks: DeviceTables | None = None
 
     def of(self, rows: slice, keys: slice) -> Softmax:
         """The same for some of the query rows and key rows."""
         return self if self.dropout is None else self._replace(dropout=self.dropout.of(rows, keys))
+
+    def prepared(self) -> Softmax:
+        """The same with a place for masks, so that all blocks of a call share them."""
+        return self if self.masks is not None else self._replace(masks=DeviceTables())
 
 
 class Kernel(ABC):
@@ -109,24 +116,25 @@ class Kernel(ABC):
             grads: accumulators.
         """
 
-    def max_logit(self, q: Tensor, k: Tensor, tasks: Tasks, scale: float, result: Tensor) -> None:
+    def max_logit(self, q: Tensor, k: Tensor, tasks: Tasks, softmax: Softmax, result: Tensor) -> None:
         """Raise ``result`` to the largest ``scale * q.k`` of each head over the pairs that see each other, in place.
 
         Args:
             q: ``[B, L, N, D]``; 16-bit inputs are computed in float32.
             k: ``[B, M, G, D]``.
             tasks: which pairs see each other.
-            scale: factor on the scores; no softcap is applied.
+            softmax: its scale counts; no softcap is applied.
             result: ``[N]`` in the accumulators' dtype; stays as it is (``-inf``, say) where nothing is seen.
         """
         if q.shape[0] == 0:
             return  # a maximum over nothing raises
+        softmax = softmax.prepared()
         groups, dtype = k.shape[2], accumulator_dtype(q.dtype)
         for tile in (part for task in tasks for part in tiles(task, ROWS, COLUMNS)):
             scores = grouped(q[:, tile.rows], groups, dtype) @ grouped(k[:, tile.keys], groups, dtype).mT
-            scores *= scale
+            scores *= softmax.scale
             if not tile.is_full:
-                scores += additive_mask(tile, dtype, q.device)
+                scores += additive_mask(tile, dtype, q.device, softmax.masks)
             torch.maximum(result, scores.amax(dim=(0, 3, 4)).flatten(), out=result)
 
 

@@ -92,7 +92,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> _D
         bent = torch.tanh(scores / softmax.softcap)
         scores, slope = bent * softmax.softcap, (1 - bent * bent) * softmax.scale
     if not block.is_full:
-        scores = scores + additive_mask(block, dtype, q.device)
+        scores = scores + additive_mask(block, dtype, q.device, softmax.masks)
     factor = None
     if softmax.dropout is not None:
         kept = keep_mask(softmax.dropout).unflatten(1, (groups, -1))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from cphandler.kernels.tables import DeviceTables
 from cphandler.kernels.task import Task
 from cphandler.tokens.intervals import UNBOUNDED
 
@@ -59,11 +59,17 @@ def _seen(task: Task, a: int, n: int, k0: int, k1: int) -> Iterator[Task]:
     yield Task(task.q + a + skip, n, task.k + k0, nk, lo, hi)
 
 
-def additive_mask(task: Task, dtype: torch.dtype, device: torch.device) -> Tensor:
+def additive_mask(task: Task, dtype: torch.dtype, device: torch.device, tables: DeviceTables | None = None) -> Tensor:
     """``[nq, nk]`` of 0 where row i sees key j and ``-inf`` elsewhere, for a task that is not full.
 
-    A view into a cached table.
-    Which cells are open depends on ``j - i`` alone, so that one table serves every strip of a diagonal, moved along.
+    A view into a table, not to be written to. Which cells are open depends on ``j - i`` alone, so that one table serves
+    every strip of a diagonal, moved along.
+
+    Args:
+        task: the task.
+        dtype: of the mask.
+        device: where it is to be.
+        tables: keeps the table for the next strip; None makes it anew.
     """
     rows = _rounded_up(task.nq)
     if task.lo == -UNBOUNDED:
@@ -75,7 +81,12 @@ def additive_mask(task: Task, dtype: torch.dtype, device: torch.device) -> Tenso
     else:
         width = rows + task.hi - task.lo
         start, low, high = -task.lo, 0, task.hi - task.lo
-    return _mask_table(rows, width, low, high, dtype, device)[: task.nq, start : start + task.nk]
+    shape = rows, width, low, high
+    if tables is None:
+        table = _mask_table(*shape, dtype, device)
+    else:
+        table = tables.get((*shape, dtype), device, lambda: _mask_table(*shape, dtype, device))
+    return table[: task.nq, start : start + task.nk]
 
 
 def _rounded_up(n: int) -> int:
@@ -83,7 +94,6 @@ def _rounded_up(n: int) -> int:
     return max(128, 1 << (n - 1).bit_length())
 
 
-@lru_cache(maxsize=32)
 def _mask_table(rows: int, width: int, low: int, high: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     distance = torch.arange(width, device=device) - torch.arange(rows, device=device).unsqueeze(1)
     hidden = (distance < low) | (distance > high)

@@ -105,7 +105,7 @@ class TorchCpuKernel(BlockKernel):
 
         Zeros appended to the narrower of queries and values change no score, and no channel that was there.
         """
-        causal, mask = self._masking(block, q)
+        causal, mask = self._masking(block, q, softmax)
         tensors: list[Any] = [unit_stride(x) for x in _widened(q, k, v)]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *tensors, 0.0, causal, attn_mask=mask, scale=softmax.scale
@@ -118,7 +118,7 @@ class TorchCpuKernel(BlockKernel):
         The gradient of ``lse`` enters through one more channel of the values in which v is 0, the incoming gradient is
         1 and the output is minus that gradient: the kernel's row sum of output times gradient then has it subtracted.
         """
-        causal, mask = self._masking(block, saved.q)
+        causal, mask = self._masking(block, saved.q, softmax)
         q, out, grad_out = saved.q, saved.out, saved.grad_out
         if saved.grad_lse is not None:
             out = torch.cat([out, -saved.grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
@@ -131,9 +131,9 @@ class TorchCpuKernel(BlockKernel):
         return Gradients(*(narrowed(x.transpose(1, 2), width) for x, width in zip(grads, widths, strict=True)))
 
     @staticmethod
-    def _masking(block: Task, q: Tensor) -> tuple[bool, Tensor | None]:
+    def _masking(block: Task, q: Tensor, softmax: Softmax) -> tuple[bool, Tensor | None]:
         if block.is_full:
             return False, None
         if is_square_causal(block):
             return True, None
-        return False, additive_mask(block, q.dtype, q.device)
+        return False, additive_mask(block, q.dtype, q.device, softmax.masks)
