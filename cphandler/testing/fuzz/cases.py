@@ -28,6 +28,7 @@ class Call:
         garbage: what padding and pad rows hold: ``"nan"``, ``"inf"``, ``"-inf"`` or ``"mixed"``.
         strides: how inputs and gradients lie in memory.
         again: whether a second call must have the same bits.
+        is_inference: whether the call is made in inference mode.
     """
 
     case: Case
@@ -39,6 +40,7 @@ class Call:
     garbage: str = "nan"
     strides: str = "plain"
     again: bool = False
+    is_inference: bool = False
 
     def __str__(self) -> str:
         case = self.case
@@ -56,6 +58,7 @@ class Call:
             "checkpoint": self.checkpoint,
             "module": self.as_module,
             "again": self.again,
+            "inference": self.is_inference,
         }
         options = "".join(f" {name}={value}" for name, value in asked.items() if value)
         kind = f"{case.heads[0]}/{case.heads[1]} heads of {case.head_dim} {_short(case.dtype)}"
@@ -161,10 +164,11 @@ class RandomCase:
         steps: calls in order.
         backward: when backward runs: ``"at once"`` after each call, in the ``"same"`` order after all, in
             ``"reverse"``, or all ``"together"``.
-        is_alone: one rank without a group.
+        group: ``"group"``, ``"mesh"``, ``"mesh of two dims"``, or ``"none"`` for one rank without a group.
         is_copy: whether a deep copy of the handler does all this.
         positions: shape of ``position_ids``, such as ``"BS"``; empty where they follow from the batch.
-        positions_as: ``"tensor"``, ``"array"`` or ``"list"``.
+        given_as: what offsets, positions and padding masks are given as: ``"tensor"``, ``"wide tensor"`` (int64),
+            ``"array"`` or ``"list"``.
     """
 
     seed: int
@@ -173,10 +177,10 @@ class RandomCase:
     base: Case
     steps: tuple[Step, ...]
     backward: str = "reverse"
-    is_alone: bool = False
+    group: str = "group"
     is_copy: bool = False
     positions: str = ""
-    positions_as: str = "tensor"
+    given_as: str = "tensor"
 
     @property
     def name(self) -> str:
@@ -186,13 +190,15 @@ class RandomCase:
     def __str__(self) -> str:
         base = self.base
         backend = base.backend if isinstance(base.backend, str) else "+".join(f"[{x}]" for x in base.backend)
-        groups = "no group" if self.is_alone else " ".join("".join(map(str, part)) for part in self.parts)
+        groups = " ".join("".join(map(str, part)) for part in self.parts)
+        groups = {"group": groups, "none": "no group"}.get(self.group, f"{groups} ({self.group})")
         rows = f" x{base.batch.rows}" if base.qkv_format != "thd" and base.batch.real is None else ""
         batch = f"{base.qkv_format} {base.batch}{rows}"
         if base.batch.keys_padded:
             batch += f" in {list(base.batch.keys_padded)}"
-        given = {"positions": f"[{self.positions}] {self.positions_as}" if self.positions else None}
-        told = {"kernel": base.kernel, **dict(base.config), "copy": self.is_copy or None, **given}
+        told = {"kernel": base.kernel, **dict(base.config), "copy": self.is_copy or None}
+        told |= {"positions": f"[{self.positions}]" if self.positions else None}
+        told |= {"given": None if self.given_as == "tensor" else self.given_as}
         settings = " ".join(f"{name}={value}" for name, value in told.items() if value not in ("auto", None))
         head = (
             f"{self.name} {backend} on {groups}, {batch}, {shown_layout(base.layout)}, {base.mask} {settings}".strip()

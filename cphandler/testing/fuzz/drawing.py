@@ -92,11 +92,20 @@ def random_case(seed: int, number: int, backends: Sequence[str] = ()) -> RandomC
         base,
         _steps(chance, base, lengths),
         backward=chance.choice(("at once", "same", "reverse", "together")),
-        is_alone=cp_size == 1 and chance.happens(0.5),
+        group=_group(chance, base),
         is_copy=chance.happens(0.06),
         positions=_positions(chance, base) if chance.happens(0.15) else "",
-        positions_as=chance.choice(("tensor", "array", "list")),
+        given_as=chance.pick({"tensor": 55, "wide tensor": 15, "array": 15, "list": 15}),
     )
+
+
+def _group(chance: Chance, base: Case) -> str:
+    """What the handler is given as its group; a mesh of two dims holds all four ranks."""
+    if base.cp_size == 1:
+        return chance.choice(("none", "group"))
+    if base.cp_size == 4 and any("+" in name for name in _comm_types(base)) and chance.happens(0.25):
+        return "group" if dict(base.config).get("ulysses_degree", 2) != 2 else "mesh of two dims"
+    return "mesh" if chance.happens(0.06) else "group"
 
 
 def _positions(chance: Chance, base: Case) -> str:
@@ -205,6 +214,7 @@ def _call(chance: Chance, base: Case, lengths: Lengths, *, first: bool) -> Call:
         garbage=chance.pick({"nan": 50, "inf": 15, "-inf": 10, "mixed": 25}),
         strides=_strides(chance),
         again=chance.happens(0.08),
+        is_inference=not needs and chance.happens(0.5),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cphandler.testing.cases import Case, documents_of, valid_tokens
+from cphandler.testing.cases import Case, documents_of, metadata, valid_tokens
 from cphandler.testing.fuzz.cases import RandomCase
 from cphandler.tokens.masks import AcrossDocuments, Mask, PerDocument, PrefixTree, SharedQuestion
 
@@ -45,14 +45,22 @@ class Truth:
         shape = tuple(sizes[letter] for letter in self.case.positions)
         return torch.randint(0, 2 * sizes["S"] + 3, shape, generator=torch.Generator().manual_seed(seed))
 
-    @property
     def arguments(self) -> dict[str, Any]:
-        """What the handler is given of this."""
-        if self.named is None:
-            return {}
-        how = self.case.positions_as if self.named.numel() else "tensor"
-        as_given = {"tensor": self.named.clone(), "array": self.named.numpy().copy(), "list": self.named.tolist()}
-        return {"position_ids": as_given[how]}
+        """What the handler is told of the batch, as the case gives it."""
+        described = metadata(self.base)
+        if self.named is not None:
+            described["position_ids"] = self.named
+        if self.base.is_cross:
+            described["cross_attention"] = True
+        return {name: self._given(x) if isinstance(x, Tensor) else x for name, x in described.items()}
+
+    def _given(self, x: Tensor) -> Any:
+        """A tensor of integers as the case gives it; a list or an array where that says as much."""
+        if x.dtype == torch.bool:  # a padding mask is a tensor
+            return x.to(torch.uint8) if self.case.given_as == "wide tensor" else x.clone()
+        how = self.case.given_as if x.numel() else "tensor"
+        forms = {"wide tensor": lambda: x.to(torch.int64, copy=True), "array": x.numpy().copy}
+        return {**forms, "list": x.tolist, "tensor": x.clone}[how]()
 
     def valid(self, stream: str) -> Tensor:
         """``[S]`` bool, or ``[B, S]`` where rows differ: real tokens."""

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from cphandler.errors import CPError, RankMismatchError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
@@ -87,11 +90,44 @@ def hold(case: RandomCase) -> Verdict:
 
 
 def _made(truth: Truth, group: dist.ProcessGroup | None) -> ContextParallelHandler:
-    case, arguments = truth.case, truth.arguments
-    if case.base.is_cross:
-        arguments["cross_attention"] = True
-    handler = make_handler(case.base, None if case.is_alone else group, **arguments)
+    """The case's handler; what it was given is then written over, which must change nothing."""
+    case, arguments = truth.case, truth.arguments()
+    handler = make_handler(case.base, _given_group(case, group), **arguments)
+    for given in arguments.values():
+        if isinstance(given, Tensor):
+            given.zero_()
+        elif isinstance(given, np.ndarray):
+            given.fill(0)
+        elif isinstance(given, list):
+            given.clear()
     return copy.deepcopy(handler) if case.is_copy else handler
+
+
+def _given_group(case: RandomCase, group: dist.ProcessGroup | None) -> Any:
+    """A process group, or a mesh of it."""
+    if case.group == "none":
+        return None
+    if case.group == "group":
+        return group
+    if case.group not in _meshes.setdefault(group, {}):
+        _meshes[group][case.group] = _mesh(case.group, group)
+    return _meshes[group][case.group]
+
+
+_meshes: dict[Any, dict[str, DeviceMesh]] = {}
+"""The meshes that were made, by their group."""
+
+
+def _mesh(kind: str, group: dist.ProcessGroup | None) -> DeviceMesh:
+    """A mesh of a group; of two dims, of all four ranks."""
+    assert group is not None
+    if kind == "mesh":
+        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+    outer, inner = partition_group(((0, 2), (1, 3))), partition_group(((0, 1), (2, 3)))
+    assert outer is not None
+    assert inner is not None
+    names = ("outer", "inner")
+    return DeviceMesh.from_group([outer, inner], "cpu", mesh=[[0, 1], [2, 3]], mesh_dim_names=names)
 
 
 def _refusal(error: CPError) -> str:
