@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +251,25 @@ def all_of(messages: list[Case]) -> None:
 def test_any_message(ranks: RankPool, messages: list[Case]) -> None:
     """Many cases a call, and no shrinking: ranks that failed are started anew, and the error names its case."""
     ranks.run(all_of, messages)
+
+
+def as_on_other_transports() -> list[bytes]:
+    """What NCCL is asked to do, done by gloo: collectives of torch, and sends in one batch."""
+    group, on_gloo = partition_group([range(4)]), collectives._on_gloo
+    assert group is not None
+    draw, plain = random.Random(5), Memory((2, 0, 1), (1, 2, 1), (3, 0, 5), 3, 1)
+    collectives._on_gloo = lambda *_: False
+    try:
+        for size, moved, summed in itertools.product((2, 3, 4), ("int64", "float8_e5m2"), ("bfloat16", "float64")):
+            counts = tuple(tuple(draw.choice((0, 1, 1, 3)) for _ in range(4)) for _ in range(4))
+            whole_case(Case(size, draw.random() < 0.5, moved, summed, (1, 2), counts, plain, plain, draw.randrange(99)))
+        return collectives.agree(bytes([1 + dist.get_rank(group)]), str(group.group_name))
+    finally:
+        collectives._on_gloo = on_gloo
+
+
+def test_any_message_as_on_other_transports(ranks: RankPool) -> None:
+    assert ranks.run(as_on_other_transports) == [[b"\x01", b"\x02", b"\x03", b"\x04"]] * 4
 
 
 def one_odd_row() -> None:
