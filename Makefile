@@ -13,7 +13,7 @@ SEED ?=
 FUZZ ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all fuzz check format lint types build bench precision options planning clean
+.PHONY: help demo test test-all fuzz check format lint types build bench precision options planning blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ planning: $(VENV)/installed
 ## make options   what each option of attention costs, on one rank
 options: $(VENV)/installed
 	$(BIN)/python benchmarks/options.py $(BENCH)
+
+## make blocks    by which numbers kernels and exchanges cut their work, timed on this machine
+blocks: $(VENV)/installed
+	$(BIN)/python -m benchmarks.blocks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -395,7 +395,8 @@ def test_merging_is_computed_in_float32_and_compiles() -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"out1": [1.0]}, InvalidTypeError, "out1 must be a tensor; got list"),
+        ({"out1": [1.0]}, InvalidTypeError, "out1 must be a dense tensor; got list; merge takes"),
+        ({"lse2": torch.zeros(4, 2).to_sparse()}, InvalidTypeError, "lse2 must be .*; got torch.sparse_coo"),
         ({"out2": torch.zeros(2, 4)}, InvalidTypeError, "one floating-point dtype; got torch.float64, torch.float32"),
         ({"lse2": torch.zeros(2)}, InvalidTypeError, "must be torch.float64 beside outputs in torch.float64; got"),
         ({"out2": torch.zeros(2, 5).double()}, InvalidValueError, r"one shape \[..., D\]; got \[2, 4\], \[2, 5\]"),

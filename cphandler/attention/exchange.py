@@ -351,7 +351,10 @@ class _Returns:
 
 
 _FEW_RUNS = 16
-"""Up to so many runs are copied one by one; more are taken by an index."""
+"""Up to so many runs are copied one by one; more are taken by an index.
+
+In ``benchmarks/blocks.py`` an index is ahead from between 32 and 64 runs on a Xeon core; fewer here, since each run is
+a launch on a GPU, where nothing was timed."""
 
 
 def _packed_runs(route: Route, rows: Rows, runs: Table) -> _Buffer:

@@ -57,7 +57,7 @@ def _check(named: dict[str, Any]) -> None:
         if not isinstance(x, Tensor) or x.layout != torch.strided:
             raise InvalidTypeError(
                 f"{name} must be a dense tensor",
-                got=type(x).__name__,
+                got=x.layout if isinstance(x, Tensor) else type(x).__name__,
                 fix="merge takes out1, lse1, out2, lse2, in this order",
             )
     out1, lse1, out2, lse2 = named.values()

@@ -9,63 +9,50 @@ that short causal blocks cost as much as full ones, and strips with a mask are f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cphandler.kernels.blocks import BlockKernel
+from cphandler.kernels.fused import (
+    OPTIONS,
+    around_square,
+    causal_square,
+    is_square_causal,
+    narrowed,
+    padded,
+    unit_stride,
+)
 from cphandler.kernels.kernel import Gradients, Saved, Softmax
 from cphandler.kernels.strips import additive_mask, strips
 from cphandler.kernels.task import Task
 from cphandler.precision import ATTENTION_DTYPES
 from cphandler.tokens.intervals import UNBOUNDED
 
+
+class Cut(NamedTuple):
+    """How a causal task is cut.
+
+    Attributes:
+        rows: query rows of a strip.
+        square_from: side of a square on the diagonal from which on it is one block.
+    """
+
+    rows: int
+    square_from: int
+
+
+WIDE, NARROW = Cut(128, 769), Cut(256, 513)
+"""For float32 and float64, and for 16-bit inputs.
+
+In ``benchmarks/blocks.py``, on a Xeon core with torch 2.13 and 4 heads of 64, forward and backward, strips of 128 take
+1.15 times a square of 1024 in float32, and strips of 256 1.3 times a square of 768 in bfloat16. Wider strips than 128
+are no slower there, but hide more of a narrow window."""
+
 WIDEST = 2048
-"""Keys of a strip that all its rows see, from which on they are a block of their own and need no mask."""
-
-OPTIONS = {
-    "softcap": "softcap",
-    "dropout": "dropout: its generator is its own, and the mask would depend on the number of ranks",
-}
-"""What the kernels inside torch refuse, and what they say."""
-
-
-def causal_square(task: Task) -> int:
-    """Side of the largest square on a causal task's diagonal; 0 for tasks that are not bounded above only."""
-    if task.lo != -UNBOUNDED or task.hi == UNBOUNDED:
-        return 0
-    return min(task.nq, task.nk - task.hi)
-
-
-def around_square(task: Task, side: int) -> Iterator[Task]:
-    """A causal task as the full blocks left of and below its square, and the square."""
-    if task.hi > 0:
-        yield Task(task.q, task.nq, task.k, task.hi, -UNBOUNDED, UNBOUNDED)
-    yield Task(task.q, side, task.k + task.hi, side, -UNBOUNDED, 0)
-    if side < task.nq:
-        yield Task(task.q + side, task.nq - side, task.k + task.hi, task.nk - task.hi, -UNBOUNDED, UNBOUNDED)
-
-
-def is_square_causal(block: Task) -> bool:
-    """What the causal flag of a kernel means everywhere: ``nq == nk`` and row i sees keys 0 to i."""
-    return block.lo == -UNBOUNDED and block.hi == 0 and block.nq == block.nk
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """``x`` with a last stride of 1, as ``[B, heads, rows, D]``."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
-
-
-def padded(x: Tensor, channels: int) -> Tensor:
-    """``x`` with zeros after its last dim, up to a number of channels; ``x`` itself where it has that many."""
-    missing = channels - x.shape[-1]
-    return x if missing == 0 else torch.nn.functional.pad(x, (0, missing))
-
-
-def narrowed(x: Tensor, channels: int) -> Tensor:
-    """The first channels of ``x``, without what :func:`padded` appended."""
-    return x if x.shape[-1] == channels else x[..., :channels]
+"""Keys of a strip that all its rows see, from which on they are a block of their own and need no mask. From 1024
+to 8192 it makes no difference above the noise in ``benchmarks/blocks.py``; it bounds the masks' memory."""
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:
@@ -87,8 +74,7 @@ class TorchCpuKernel(BlockKernel):
 
     def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
         """Full blocks whole, long prefixes apart, long diagonals as squares, everything else in masked strips."""
-        wide = q.dtype in (torch.float32, torch.float64)
-        rows, square_from = (128, 2049) if wide else (256, 769)
+        rows, square_from = WIDE if q.dtype in (torch.float32, torch.float64) else NARROW
         side = causal_square(task)
         if task.is_full or (is_square_causal(task) and task.nq <= rows):
             yield task

@@ -12,11 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cphandler.kernels.kernel import Gradients, Saved, Softmax
-from cphandler.kernels.reference import ReferenceKernel
-from cphandler.kernels.strips import strips
-from cphandler.kernels.task import Task, Tasks
-from cphandler.kernels.torch_cpu import (
+from cphandler.kernels.fused import (
     OPTIONS,
     around_square,
     causal_square,
@@ -25,15 +21,19 @@ from cphandler.kernels.torch_cpu import (
     padded,
     unit_stride,
 )
+from cphandler.kernels.kernel import Gradients, Saved, Softmax
+from cphandler.kernels.reference import ReferenceKernel
+from cphandler.kernels.strips import strips
+from cphandler.kernels.task import Task, Tasks
 
 ALIGNMENT, WIDEST_HEAD = 8, 256
 """Head dims that flash takes: multiples of the one, up to the other."""
 
 LSE_BLOCK = 32
-"""The memory-efficient kernel keeps its log-sum-exp in rows of a multiple of this."""
+"""The memory-efficient kernel keeps its log-sum-exp in rows of a multiple of this: ``kAlignLSE`` in its source."""
 
 SMALLEST_SQUARE = 32
-"""Diagonals shorter than this are not worth two more launches."""
+"""Diagonals shorter than this are not worth two more launches. A guess, like the strips of 256: timed on no GPU yet."""
 
 
 class TorchCudaKernel(ReferenceKernel):
