@@ -15,10 +15,10 @@ import cphandler
 from cphandler import Layout, Mask
 from cphandler.backends.ring import RingHandler
 from cphandler.testing import RankPool, assert_close
-from cphandler.testing.fuzz.attention import assert_near
 from cphandler.testing.fuzz.campaign import Campaign
 from cphandler.testing.fuzz.cases import Call, Look, Move, Turn
 from cphandler.testing.fuzz.drawing import BACKENDS, random_case
+from cphandler.testing.fuzz.rounding import assert_near
 from cphandler.tokens.bands import HI
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import UNBOUNDED, Table
@@ -75,7 +75,7 @@ def test_cases_are_the_whole_product() -> None:
     assert {case.positions for case in cases} == {"", "S", "1S", "AS", "A1S", "BS", "ABS"}
     by_row = [base for base in bases if base.qkv_format != "thd" and (base.mask.num_documents or 1) > 1]
     assert {base.batch.real is None for base in by_row} == {True, False}
-    assert any(case.is_copy for case in cases)
+    assert {case.second for case in cases} == {"", "copy", "twin"}
 
 
 class Looser(Mask):
@@ -218,12 +218,23 @@ def test_ranks_that_raise_or_hang_are_named_and_the_run_goes_on() -> None:
 
 
 def test_what_cancels_is_measured_by_its_terms_and_nothing_else_is() -> None:
-    """A difference of terms of size 1 is right to a few roundings of 1; an error beyond them fails as ever."""
+    """A difference of terms of size 1 is right to one rounding of them; an error beyond it fails as ever."""
     wanted = torch.randn(50, dtype=torch.float64) * 1e-9
     off = wanted + 1e-16 * torch.randn(50, dtype=torch.float64)
+    excuses: dict[str, Any] = {"magnitude": lambda: torch.ones(50), "alone": lambda: wanted * 2}
     with pytest.raises(AssertionError):
         assert_close(off, wanted)
-    assert_near(off, wanted, torch.float64, "difference", lambda: torch.ones(50))
-    for wrong in (wanted * (1 + 1e-3), off.clone().fill_(float("nan"))):
+    assert_near(off, wanted, torch.float64, "difference", **excuses)
+    for wrong in (wanted * (1 + 1e-3), off.clone().fill_(float("nan")), off[:-1]):
         with pytest.raises(AssertionError):
-            assert_near(wrong, wanted, torch.float64, "difference", lambda: torch.ones(50))
+            assert_near(wrong, wanted, torch.float64, "difference", **excuses)
+
+
+def test_sixteen_bits_are_measured_by_one_rank() -> None:
+    wanted = torch.randn(50, dtype=torch.float64)
+    excuses: dict[str, Any] = {"magnitude": lambda: wanted, "alone": (wanted * 1.02).bfloat16}
+    assert_near((wanted * 1.025).bfloat16(), wanted, torch.bfloat16, "product", **excuses)
+    with pytest.raises(AssertionError):
+        assert_near((wanted * 1.04).bfloat16(), wanted, torch.bfloat16, "product", **excuses)
+    with pytest.raises(AssertionError):
+        assert_near((wanted * 1.02).float(), wanted, torch.float32, "product", **excuses)

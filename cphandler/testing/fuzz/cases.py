@@ -165,7 +165,8 @@ class RandomCase:
         backward: when backward runs: ``"at once"`` after each call, in the ``"same"`` order after all, in
             ``"reverse"``, or all ``"together"``.
         group: ``"group"``, ``"mesh"``, ``"mesh of two dims"``, or ``"none"`` for one rank without a group.
-        is_copy: whether a deep copy of the handler does all this.
+        second: ``"copy"``, a deep copy of the handler that does every other step; ``"twin"``, another handler over the
+            same batch; or empty.
         positions: shape of ``position_ids``, such as ``"BS"``; empty where they follow from the batch.
         given_as: what offsets, positions and padding masks are given as: ``"tensor"``, ``"wide tensor"`` (int64),
             ``"array"`` or ``"list"``.
@@ -178,7 +179,7 @@ class RandomCase:
     steps: tuple[Step, ...]
     backward: str = "reverse"
     group: str = "group"
-    is_copy: bool = False
+    second: str = ""
     positions: str = ""
     given_as: str = "tensor"
 
@@ -196,7 +197,7 @@ class RandomCase:
         batch = f"{base.qkv_format} {base.batch}{rows}"
         if base.batch.keys_padded:
             batch += f" in {list(base.batch.keys_padded)}"
-        told = {"kernel": base.kernel, **dict(base.config), "copy": self.is_copy or None}
+        told = {"kernel": base.kernel, **dict(base.config), "second": self.second or None}
         told |= {"positions": f"[{self.positions}]" if self.positions else None}
         told |= {"given": None if self.given_as == "tensor" else self.given_as}
         settings = " ".join(f"{name}={value}" for name, value in told.items() if value not in ("auto", None))

@@ -93,7 +93,7 @@ def random_case(seed: int, number: int, backends: Sequence[str] = ()) -> RandomC
         _steps(chance, base, lengths),
         backward=chance.choice(("at once", "same", "reverse", "together")),
         group=_group(chance, base),
-        is_copy=chance.happens(0.06),
+        second=chance.pick({"": 86, "copy": 6, "twin": 8}),
         positions=_positions(chance, base) if chance.happens(0.15) else "",
         given_as=chance.pick({"tensor": 55, "wide tensor": 15, "array": 15, "list": 15}),
     )
@@ -219,12 +219,10 @@ def _call(chance: Chance, base: Case, lengths: Lengths, *, first: bool) -> Call:
 
 
 def _heads(chance: Chance, base: Case) -> tuple[int, int]:
-    """Query and key heads; mostly such that head-parallel ranks have equal shares."""
-    heads = chance.randint(1, 6)
-    if any("a2a" in name for name in _comm_types(base)) and chance.happens(0.85):
-        degree = dict(base.config).get("ulysses_degree", base.cp_size)
-        share = base.cp_size if "a2a" in _comm_types(base) else degree
-        heads = share * chance.randint(1, max(1, 6 // share))
+    """Query and key heads: any, and often such that ranks that split them have equal shares."""
+    heads = chance.randint(1, 7)
+    if any("a2a" in name for name in _comm_types(base)) and chance.happens(0.4):
+        heads = base.cp_size * chance.randint(1, max(1, 6 // base.cp_size))
     return heads, chance.choice([n for n in range(1, heads + 1) if heads % n == 0])
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from cphandler.errors import CPError, RankMismatchError, UnsupportedError
+from cphandler.errors import CPError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.testing.cases import make_handler
 from cphandler.testing.fuzz.attention import Attending
@@ -27,9 +27,6 @@ from cphandler.testing.fuzz.movement import Comparing, Looking, Moving
 from cphandler.testing.fuzz.tensors import Rows
 from cphandler.testing.fuzz.turning import Turning
 from cphandler.testing.pool import partition_group
-
-REFUSALS = ("splits the query heads evenly over the ranks",)
-"""What may be refused as a wrong value, since the case generator does not know what a class serves."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,14 @@ def hold(case: RandomCase) -> Verdict:
     seed = (case.seed * 1_000_003 + case.number * 1009 + mine * 31) % (1 << 40)
     truth = Truth(case, seed)
     try:
-        handler = _made(truth, group)
+        handlers = [_made(truth, group)]
+        if case.second == "twin":
+            handlers.append(_made(truth, group))
     except CPError as error:
         return Verdict(refused=(_refusal(error),), group=mine)
-    return _Held(truth, handler, mine, seed).verdict()
+    if case.second == "copy":
+        handlers.insert(0, copy.deepcopy(handlers[0]))
+    return _Held(truth, handlers, mine, seed).verdict()
 
 
 def _made(truth: Truth, group: dist.ProcessGroup | None) -> ContextParallelHandler:
@@ -100,7 +101,7 @@ def _made(truth: Truth, group: dist.ProcessGroup | None) -> ContextParallelHandl
             given.fill(0)
         elif isinstance(given, list):
             given.clear()
-    return copy.deepcopy(handler) if case.is_copy else handler
+    return handler
 
 
 def _given_group(case: RandomCase, group: dist.ProcessGroup | None) -> Any:
@@ -131,12 +132,9 @@ def _mesh(kind: str, group: dist.ProcessGroup | None) -> DeviceMesh:
 
 
 def _refusal(error: CPError) -> str:
-    """A refusal in words; anything else goes on as it came."""
-    text = str(error)
-    if isinstance(error, RankMismatchError):
-        raise error
-    if isinstance(error, UnsupportedError) or any(known in text for known in REFUSALS):
-        return text.split("; ", maxsplit=1)[0]
+    """A refusal in words, without what it got; anything else goes on as it came."""
+    if isinstance(error, UnsupportedError):
+        return str(error).split("; ", maxsplit=1)[0]
     raise error
 
 
@@ -145,13 +143,13 @@ class _Held:
 
     Args:
         truth: what is asked, and what is true of its tokens.
-        handler: of this rank.
+        handlers: of this rank, over one batch; steps take turns with them.
         mine: number of the rank's group.
         seed: of the group's data.
     """
 
-    def __init__(self, truth: Truth, handler: ContextParallelHandler, mine: int, seed: int) -> None:
-        self.truth, self.case, self.handler = truth, truth.case, handler
+    def __init__(self, truth: Truth, handlers: list[ContextParallelHandler], mine: int, seed: int) -> None:
+        self.truth, self.case, self.handlers, handler = truth, truth.case, handlers, handlers[0]
         self.mine, self.seed = mine, seed
         self.rows = {"q": Rows(handler.layout, handler.cp_rank), "kv": Rows(handler.kv_layout, handler.cp_rank)}
         self.refused: list[str] = []
@@ -172,19 +170,19 @@ class _Held:
         return Verdict(tuple(wrong), tuple(self.refused), len(self.steps), self.mine)
 
     def _run(self, number: int, step: Step, waiting: list[Attending]) -> None:
-        seed = self.seed + 101 * number
+        seed, handler = self.seed + 101 * number, self.handlers[number % len(self.handlers)]
         if isinstance(step, Call):
-            attending = Attending(step, self.handler, self.rows, seed)
+            attending = Attending(step, handler, self.rows, seed)
             attending.forward()
             waiting.append(attending)
             self.steps.append((number, attending))
             return
         running: Looking | Turning | Moving
         if isinstance(step, Look):
-            running = Looking(step, self.truth, self.handler, self.rows)
+            running = Looking(step, self.truth, handler, self.rows)
         else:
             kind: Any = Turning if isinstance(step, Turn) else Moving
-            running = kind(step, self.truth, self.handler, self.rows, seed)
+            running = kind(step, self.truth, handler, self.rows, seed)
         running.run()
         self.steps.append((number, running))
 

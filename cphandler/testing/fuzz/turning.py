@@ -103,11 +103,10 @@ class Turning(Comparing):
         if angles.dim() == 2:
             turned = dense_rope(x.double(), angles, seq_dim=dim, **options)
         else:
-            rows = x.double().unbind(batch_dim)
-            each = angles.expand(len(rows), -1, -1)
-            turned = torch.stack(
-                [dense_rope(row, angle, seq_dim=0, **options) for row, angle in zip(rows, each, strict=True)], batch_dim
-            )
+            turned = x.double().clone()
+            each = angles.expand(turned.shape[batch_dim], -1, -1)
+            for row, angle in zip(turned.unbind(batch_dim), each, strict=True):
+                row.copy_(dense_rope(row, angle, seq_dim=0, **options))
         turned[..., : self.turn.rotary] *= self.turn.scale
         return turned
 
