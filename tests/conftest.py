@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from cphandler.testing import RankPool
+
+torch.set_num_threads(1)  # the pools' ranks and other workers want the cores; threads that wait would only spin
 
 
 @pytest.fixture(scope="session")

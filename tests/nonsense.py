@@ -6,6 +6,7 @@ never one from inside, never silence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,12 @@ import numpy as np
 import torch
 
 from cphandler import CPError
+
+
+def steady(value: object) -> str:
+    """What a value looks like without its address: a test's name must be the same in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
 
 ODD: dict[str, Any] = {
     "None": None,

@@ -18,6 +18,7 @@ from cphandler import InvalidTypeError, InvalidValueError, get_cp_handler_cls, r
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch, Case, group_of, make_handler
 from cphandler.testing.laws import same_bits
+from tests.nonsense import steady
 from tests.test_errors import Seat
 
 
@@ -62,7 +63,7 @@ FITTING: list[tuple[Any, torch.dtype]] = [
 ]
 
 
-@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=steady)
 def test_what_is_no_fill_value(value: Any) -> None:
     handler = handler_of()
     for call in (

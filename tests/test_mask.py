@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import accumulate, pairwise
-from reprlib import repr as short_repr
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ from cphandler import (
 from cphandler.testing import visible_pairs
 from cphandler.tokens.bands import restrict
 from cphandler.tokens.masks import make_mask, visible_bands
+from tests.nonsense import steady
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -363,7 +363,7 @@ WRONG: list[Any] = [None, "x", 1.5, math.nan, math.inf, True, [1], {1}, {}, obje
 WRONG += [torch.tensor(2), torch.arange(3), Causal, -1, (1.5,), (None,), ("x",), (True,), (-1,), ((1,), None), b"x"]
 
 
-@pytest.mark.parametrize("value", WRONG, ids=short_repr)
+@pytest.mark.parametrize("value", WRONG, ids=steady)
 def test_every_argument_of_every_mask_refuses_what_it_is_not(value: Any) -> None:
     """By an error of this library's that says what to pass; nothing else comes through."""
     places: dict[str, Callable[[Any], Mask]] = {
@@ -552,7 +552,7 @@ def test_masks_of_other_documents(name: str) -> None:
         SharedQuestion((1, 1)),
         PrefixTree((-1,), (3,)),
     ],
-    ids=repr,
+    ids=steady,
 )
 def test_masks_of_one_stream(mask: Mask) -> None:
     """Equal documents do not make two streams one."""

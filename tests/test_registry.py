@@ -36,6 +36,7 @@ from cphandler.kernels.reference import ReferenceKernel
 from cphandler.testing import RankPool, assert_close
 from cphandler.testing.cases import PARTITIONS, Batch, Case
 from cphandler.testing.laws import check_attention
+from tests.nonsense import steady
 
 
 class MyHandler(LayoutHandler):
@@ -126,7 +127,7 @@ WRONG_TARGETS = [5, None, 1.5, [], MyHandler(qkv_format="thd", cu_seqlens_q=[0, 
 WRONG_TARGETS += [":Class", "my module:Class", ".module:Class", "module:Class:More", "my-module:Class", "a..b:C"]
 
 
-@pytest.mark.parametrize("target", WRONG_TARGETS, ids=repr)
+@pytest.mark.parametrize("target", WRONG_TARGETS, ids=steady)
 def test_what_is_no_target(kind: Kind, target: Any) -> None:
     with pytest.raises(InvalidTypeError, match=r"must be a class or 'module:Class'; got .*; pass the") as caught:
         kind.register("mine", target)
