@@ -17,10 +17,9 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from cphandler.attention import exchange
-from cphandler.kernels import Softmax, Task
+from cphandler.kernels import AttentionSum, RowSum, Softmax, Task, Tasks
 from cphandler.kernels.blocks import BlockKernel
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.kernels.reference import ReferenceKernel
@@ -28,7 +27,7 @@ from cphandler.kernels.strips import strips, tiles
 from cphandler.kernels.tables import DeviceTables
 from cphandler.kernels.torch_cpu import TorchCpuKernel
 from cphandler.plan.plan import Plan
-from cphandler.precision import accumulator_dtype
+from cphandler.sharding.shard import HOST
 from cphandler.tokens.intervals import UNBOUNDED, table
 
 Cutter = Callable[[Task], Iterator[Task]]
@@ -41,7 +40,7 @@ def cut_by(kernel_cls: type[BlockKernel], cutter: Cutter) -> BlockKernel:
     class Recut(kernel_cls):  # type: ignore[misc, valid-type]
         """The same with its blocks chosen from outside."""
 
-        def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+        def blocks(self, task: Task, dtype: torch.dtype) -> Iterator[Task]:
             """See :meth:`BlockKernel.blocks`."""
             return cutter(task)
 
@@ -52,14 +51,14 @@ def cut_by(kernel_cls: type[BlockKernel], cutter: Cutter) -> BlockKernel:
 def attention(kernel: BlockKernel, task: Task, dtype: torch.dtype) -> Callable[[], None]:
     """Forward and backward of one task."""
     q, k, v, grad = (torch.randn(1, rows, HEADS, DIM).to(dtype) for rows in (task.nq, task.nk, task.nk, task.nq))
-    softmax, wide = Softmax(DIM**-0.5, masks=DeviceTables()), accumulator_dtype(dtype)
+    softmax, tasks = Softmax(DIM**-0.5, masks=DeviceTables()), Tasks.of(task)
 
     def run() -> None:
-        out = torch.zeros(q.shape, dtype=wide)
-        lse = torch.full(q.shape[:-1], float("-inf"), dtype=wide)
-        kernel.forward(q, k, v, [task], softmax, out, lse)
-        grads = Gradients(*(torch.zeros(x.shape, dtype=wide) for x in (q, k, v)))
-        kernel.backward(Saved(q, out.to(dtype), lse, grad, None), k, v, [task], softmax, grads)
+        result = AttentionSum(q, DIM)
+        kernel.forward(q, k, v, tasks, softmax, result)
+        out, lse = result.total()
+        grads = Gradients(*(RowSum.like(x) for x in (q, k, v)))
+        kernel.backward(Saved(q, out, lse, grad, None), k, v, tasks, softmax, grads)
 
     return run
 
@@ -67,14 +66,14 @@ def attention(kernel: BlockKernel, task: Task, dtype: torch.dtype) -> Callable[[
 def copying(runs: int, few: int) -> Callable[[], None]:
     """Packing 2048 rows out of runs, and adding them back, where up to ``few`` runs are taken one by one."""
     length = 2048 // runs
-    rows, total = (torch.randn(1, 4096, HEADS, DIM),) * 2, torch.zeros(1, 4096, HEADS, DIM)
+    rows, total = (torch.randn(1, 4096, HEADS, DIM),) * 2, RowSum((1, 4096, HEADS, DIM), torch.float32, HOST)
     runs_of = table([(2 * length * i, length) for i in range(runs)], 2)
     route = exchange.Route(Plan(1, 0, table([], 7)), "", DeviceTables())
 
     def run() -> None:
         exchange._FEW_RUNS = few
         packed = exchange._packed_runs(route, rows, runs_of)
-        exchange._add_runs(route, total, packed.rows[0], runs_of)
+        exchange._add_runs(route, total, packed[0], runs_of)
 
     return run
 

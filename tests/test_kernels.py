@@ -15,10 +15,13 @@ from torch import Tensor
 
 from cphandler import CPConfig, InvalidTypeError, InvalidValueError, UnsupportedError, get_cp_handler_cls
 from cphandler.kernels import (
+    AttentionSum,
     Dropout,
     Kernel,
+    RowSum,
     Softmax,
     Task,
+    Tasks,
     available_kernels,
     get_kernel,
     keep_mask,
@@ -104,7 +107,7 @@ def check(
     grad_lse += (
         grad_lse.sign()
     )  # away from 0: it is all that is left of dq in a row with one key, where the rest cancels
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    leaves = [x.double().clone().requires_grad_() for x in (q, k, v)]
     seen = open_cells(task, queries, keys)
     expected, expected_lse = dense(*leaves, seen, softmax)
     total = (expected * grad_out.double()).sum()
@@ -113,13 +116,13 @@ def check(
         total = total + (expected_lse[:, rows] * grad_lse.double()[:, rows]).sum()
     wanted = torch.autograd.grad(total, leaves)
     accumulator = accumulator_dtype(dtype)
-    out = torch.zeros(grad_out.shape, dtype=accumulator)
-    lse = torch.full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    kernel.forward(q, k, v, [task], softmax, out, lse)
-    grads = Gradients(*(torch.zeros(x.shape, dtype=accumulator) for x in (q, k, v)))
-    saved = Saved(q, out.to(dtype), lse, grad_out, grad_lse.to(accumulator) if with_lse else None)
-    kernel.backward(saved, k, v, [task], softmax, grads)
-    results = [out, lse, *grads]
+    tasks, result = Tasks.of(task), AttentionSum(q, d_v)
+    kernel.forward(q, k, v, tasks, softmax, result)
+    out, lse = result.total()
+    grads = Gradients(*(RowSum.like(x) for x in (q, k, v)))
+    saved = Saved(q, out, lse, grad_out, grad_lse.to(accumulator) if with_lse else None)
+    kernel.backward(saved, k, v, tasks, softmax, grads)
+    results = [out, lse, *(grad.total() for grad in grads)]
     for name, a, e in zip(("out", "lse", "dq", "dk", "dv"), results, (expected, expected_lse, *wanted), strict=True):
         # a gradient that is zero has no relative error
         if a.shape != e.shape or float(e.detach()[torch.isfinite(e)].abs().max()) > 1e-6:
@@ -156,7 +159,7 @@ def test_any_task(
 class SmallTiles(ReferenceKernel):
     """The reference kernel with so many cuts that each kind of tile occurs."""
 
-    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+    def blocks(self, task: Task, dtype: torch.dtype) -> Iterator[Task]:
         return tiles(task, 16, 24)
 
 
@@ -205,7 +208,7 @@ def test_long_tasks_take_the_other_cuts(task: Task, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("task", LONG, ids=str)
 def test_long_tasks_of_the_reference_are_cut_both_ways(task: Task) -> None:
-    blocks = list(get_kernel("reference", "cpu").blocks(task, torch.empty(0)))  # type: ignore[attr-defined]
+    blocks = list(get_kernel("reference", "cpu").blocks(task, torch.float32))  # type: ignore[attr-defined]
     assert max(block.nq for block in blocks) <= ROWS
     assert max(block.nk for block in blocks) <= COLUMNS < task.nk
     softmax = Softmax(0.3, 2.0, dropout_of(0.2, task.nq, task.nk, 2)) if task.nq == 300 else PLAIN
@@ -282,7 +285,7 @@ def check_max_logit(
     seen = sum((open_cells(task, queries, keys) for task in tasks), torch.zeros(queries, keys, dtype=torch.bool))
     expected = scores.masked_fill(~seen[:, None], float("-inf")).amax((0, 1, 3))
     result = torch.full((n,), float("-inf"), dtype=accumulator_dtype(dtype))
-    get_kernel("torch", "cpu").max_logit(q, k, tasks, Softmax(scale), result)
+    get_kernel("torch", "cpu").max_logit(q, k, Tasks.of(*tasks), Softmax(scale), result)
     torch.testing.assert_close(result, expected.to(result.dtype))
 
 
@@ -292,10 +295,10 @@ def test_the_largest_logit_of_long_and_of_no_tasks() -> None:
     result = torch.tensor([float("-inf"), 1e3])
     q = torch.randn(1, 4, 2, 8)
     kernel = get_kernel("reference", "cpu")
-    kernel.max_logit(q, q, [Task(0, 4, 0, 4, -UNBOUNDED, 0)], Softmax(1.0), result)
+    kernel.max_logit(q, q, Tasks.of(Task(0, 4, 0, 4, -UNBOUNDED, 0)), Softmax(1.0), result)
     assert torch.isfinite(result[0])
     assert result[1] == 1e3, "a larger one from before stays"
-    kernel.max_logit(q[:0], q[:0], [Task(0, 4, 0, 4, -UNBOUNDED, 0)], Softmax(1.0), result)
+    kernel.max_logit(q[:0], q[:0], Tasks.of(Task(0, 4, 0, 4, -UNBOUNDED, 0)), Softmax(1.0), result)
 
 
 def test_merge_is_safe_where_nothing_is_seen() -> None:
@@ -536,7 +539,7 @@ def test_the_cuda_kernel_has_the_right_shapes(dtype: torch.dtype, d_v: int) -> N
     q, k, v = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
     for task in (Task(0, 100, 0, 130, -UNBOUNDED, 30), Task(0, 100, 0, 130, *FULL)):
         counts = torch.zeros(100, 130, dtype=torch.int64)
-        for block in kernel.blocks(task, q):
+        for block in kernel.blocks(task, q.dtype):
             counts += open_cells(block, 100, 130)
             if not block.is_full and not (block.nq == block.nk and block.hi == 0):
                 continue
@@ -592,7 +595,7 @@ def test_a_kernel_never_passes_over_an_option() -> None:
     q, task = torch.randn(1, 4, 2, 8), Task(0, 4, 0, 4, -UNBOUNDED, 0)
     for softmax in (Softmax(1.0, 5.0), Softmax(1.0, None, dropout_of(0.1, 4, 4, 2, batch=1))):
         with pytest.raises(UnsupportedError, match="kernel 'torch' cannot be used here"):
-            get_kernel("torch", "cpu").forward(q, q, q, [task], softmax, torch.zeros_like(q), torch.zeros(1, 4, 2))
+            get_kernel("torch", "cpu").forward(q, q, q, Tasks.of(task), softmax, AttentionSum(q, 8))
 
 
 @pytest.fixture

@@ -61,6 +61,9 @@ PADDED = Batch(real=("xxxxxxxxxxxxxxx....", "....xxxxxxxx.......", "xxxxxxxxxxxx
 BLOCKS = 2
 """Received blocks whose memory may be held at once: one arrives, one is computed."""
 
+PARTS = 2
+"""Messages of a block: keys and values leave from where they are, and arrive where they are read."""
+
 Rows: TypeAlias = dict[tuple[int, int], int]
 """How many rows go from one rank of a group to another."""
 
@@ -204,13 +207,14 @@ def check_direct(case: Case, group: list[Share]) -> None:
         out, home = sum(there.values()) * width, sum(here.values()) * width
         assert share.forward.sent == out * size, f"forward bytes of rank {rank}: {case}"
         assert share.backward.sent == out * size + home * grad_size, f"backward bytes of rank {rank}: {case}"
-        assert share.forward.messages == len(there), f"one message to each rank that needs some: {case}"
-        assert share.backward.messages == len(there) + len(here), f"gradients come back the way rows went: {case}"
+        assert share.forward.messages == PARTS * len(there), f"one block to each rank that needs some: {case}"
+        back = PARTS * (len(there) + len(here))
+        assert share.backward.messages == back, f"gradients come back the way rows went: {case}"
         copies = len(case.batch.real) if case.batch.real and case.qkv_format != "thd" else 1
         for trip, blocks in ((share.forward, BLOCKS), (share.backward, BLOCKS + 1)):  # gradients arrive as well
-            assert all(max(post) <= 1 for post in trip.posts), f"one message each way in a stage: {case}"
+            assert all(max(post) <= PARTS for post in trip.posts), f"one block each way in a stage: {case}"
             assert trip.largest <= copies * share.local_rows * width, f"a block holds at most L rows: {case}"
-            assert trip.alive <= blocks, f"blocks held at once, whatever the number of ranks: {case}"
+            assert trip.alive <= PARTS * blocks, f"blocks held at once, whatever the number of ranks: {case}"
 
 
 def check_below_ring(case: Case, direct: list[Share], ring: list[Share]) -> None:

@@ -16,13 +16,17 @@ from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.errors import InvalidValueError
+from cphandler.kernels.sums import ALL, RowSum
 from cphandler.kernels.tables import DeviceTables
 from cphandler.plan.plan import FROM, Needs, Plan
 from cphandler.registry import Registry, normal
 from cphandler.tokens.intervals import Table, expand
 
 Rows: TypeAlias = tuple[Tensor, ...]
-"""Row tensors ``[B, L, ...]`` of one dtype that travel together."""
+"""Row tensors ``[B, L, ...]`` of one dtype that travel together, a message each."""
+
+Sums: TypeAlias = tuple[RowSum, ...]
+"""Their gradients, as they are summed."""
 
 
 class Route(NamedTuple):
@@ -50,14 +54,14 @@ class Block(NamedTuple):
     Attributes:
         tasks: tasks over the rows.
         rows: the rows.
-        grads: accumulators; empty in a forward pass.
+        grads: sums that take the rows' gradients; empty in a forward pass.
         owner: the rank whose rows they are; 0 where they are everybody's.
         runs: ``[n, 2]`` runs ``(start, length)`` of the owner's rows that the block holds; None for all of them.
     """
 
     tasks: Table
     rows: Rows
-    grads: Rows
+    grads: Sums
     owner: int
     runs: Table | None = None
 
@@ -85,49 +89,38 @@ class Exchange(ABC):
         """Yield blocks in plan order; ``grads`` is empty."""
 
     @abstractmethod
-    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
-        """Yield the same blocks with gradient accumulators, and bring what was added to them home.
+    def backward(self, route: Route, rows: Rows, home: Sums) -> Iterator[Block]:
+        """Yield the same blocks with sums for their gradients, and bring what was added to them home.
 
         Args:
             route: the route of the forward pass.
             rows: this rank's rows.
-            home: accumulators for the gradients of ``rows``; complete once the iterator is exhausted.
+            home: sums for the gradients of ``rows``; complete once the iterator is exhausted.
         """
 
 
-class _Buffer:
-    """Row tensors in one flat buffer, so that a block is one message."""
-
-    def __init__(self, flat: Tensor, shapes: Sequence[torch.Size]) -> None:
-        self.flat, self.shapes = flat, shapes
-        parts = flat.split([shape.numel() for shape in shapes])
-        self.rows: Rows = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-
-    @classmethod
-    def of(cls, rows: Rows) -> _Buffer:
-        """A packed copy."""
-        packed = cls.empty_like(rows)
-        for part, row in zip(packed.rows, rows, strict=True):
-            part.copy_(row)
-        return packed
-
-    @classmethod
-    def empty_like(cls, rows: Rows, length: int | None = None, dtype: torch.dtype | None = None) -> _Buffer:
-        """Room for the same shapes, or for shapes with so many rows."""
-        shapes = _shapes(rows, length)
-        return cls(rows[0].new_empty(sum(shape.numel() for shape in shapes), dtype=dtype), shapes)
-
-    @classmethod
-    def zeros_like(cls, rows: Rows, length: int | None = None) -> _Buffer:
-        """Zeros in the same shapes, or in shapes with so many rows."""
-        shapes = _shapes(rows, length)
-        return cls(rows[0].new_zeros(sum(shape.numel() for shape in shapes)), shapes)
+def _room(rows: Sequence[Tensor | RowSum], length: int | None = None, dtype: torch.dtype | None = None) -> Rows:
+    """Unwritten tensors in the same shapes, or in shapes with so many rows."""
+    shapes = [row.shape if length is None else (row.shape[0], length, *row.shape[2:]) for row in rows]
+    return tuple(
+        torch.empty(shape, dtype=dtype or row.dtype, device=row.device) for shape, row in zip(shapes, rows, strict=True)
+    )
 
 
-def _shapes(rows: Rows, length: int | None) -> list[torch.Size]:
-    if length is None:
-        return [row.shape for row in rows]
-    return [torch.Size([row.shape[0], length, *row.shape[2:]]) for row in rows]
+def _blank(home: Sums, length: int | None = None) -> Sums:
+    """Sums in the same shapes, or in shapes with so many rows."""
+    return tuple(
+        RowSum((x.shape[0], x.shape[1] if length is None else length, *x.shape[2:]), x.dtype, x.device) for x in home
+    )
+
+
+def _totals(sums: Sums) -> Rows:
+    return tuple(x.total() for x in sums)
+
+
+def _with_rank(rows: Rows, rank: int) -> list[tuple[Tensor, int]]:
+    """Each tensor beside the rank that it goes to, or comes from."""
+    return [(row, rank) for row in rows]
 
 
 class RingExchange(Exchange):
@@ -137,7 +130,7 @@ class RingExchange(Exchange):
     need nothing more of it are not sent it. Gradients start at the first rank that needs the block, follow it round
     and go from the last one straight home, so that a rank's own share never travels. Two block buffers and at most
     four of gradients (this rank's share, the sum that arrives, the one that leaves, the own one coming home), whatever
-    the number of ranks.
+    the number of ranks. The own rows leave from where they are.
     """
 
     needs = "hops"
@@ -151,8 +144,8 @@ class RingExchange(Exchange):
             if len(tasks):
                 yield Block(tasks, block, (), owner)
 
-    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
-        """Yield the own block with ``home`` itself, then the others with accumulators that travel on."""
+    def backward(self, route: Route, rows: Rows, home: Sums) -> Iterator[Block]:
+        """Yield the own block with ``home`` itself, then the others with sums that travel on."""
         plan = route.plan
         gradients = _TravellingGradients(plan, home, route.group_name)
         for step, block in _circulate(plan, rows, route.group_name):
@@ -163,9 +156,12 @@ class RingExchange(Exchange):
                 continue
             share = None
             if len(tasks):
-                share = _Buffer.zeros_like(home)
-                yield Block(tasks, block, share.rows, owner)
+                sums = _blank(home)
+                yield Block(tasks, block, sums, owner)
+                share = _totals(sums)
+                del sums
             gradients.pass_on(step, share)
+            del share
         gradients.settle()
 
 
@@ -179,57 +175,64 @@ def _circulate(plan: Plan, rows: Rows, group_name: str) -> Iterator[tuple[int, R
         yield 0, rows
         return
     collectives.connect(group_name, rows[0].device)
-    held, spare = _Buffer.of(rows), _Buffer.empty_like(rows)
+    held, spare = rows, None
     with collectives.ended_on_error(group_name):  # a caller that raises over a block never asks for the next one
         for step in range(size):
             owner, upcoming = (rank - step) % size, (rank - step - 1) % size
+            arriving: Rows = ()
+            if step + 1 < size and last[upcoming] > step:
+                arriving = _room(rows) if spare is None else spare
+                spare = None
             transfer = collectives.post(
-                [(held.flat, (rank + 1) % size)] if last[owner] > step else [],
-                [(spare.flat, (rank - 1) % size)] if step + 1 < size and last[upcoming] > step else [],
+                _with_rank(held, (rank + 1) % size) if last[owner] > step else [],
+                _with_rank(arriving, (rank - 1) % size),
                 group_name,
             )
-            yield step, rows if step == 0 else held.rows
+            yield step, held
             transfer.wait()
-            held, spare = spare, held
+            if step and held:
+                spare = held
+            held = arriving
 
 
 class _TravellingGradients:
-    """Gradient accumulators of other ranks' blocks on their way home.
+    """Sums of the gradients of other ranks' blocks on their way home.
 
     At step s this rank adds its share for the block of rank ``r - s`` to what rank ``r - 1`` sent, and passes the sum
     to rank ``r + 1``, or home from the last rank that needs the block.
     """
 
-    def __init__(self, plan: Plan, home: Rows, group_name: str) -> None:
+    def __init__(self, plan: Plan, home: Sums, group_name: str) -> None:
         self.plan, self.home, self.group_name = plan, home, group_name
         self.first, self.last = plan.hops[:, 0].tolist(), plan.hops[:, 1].tolist()
         self._transfer: collectives.Transfer | None = None
-        self._travelling: _Buffer | None = None
-        self._returning: _Buffer | None = None
+        self._travelling: Rows | None = None
+        self._returning: Rows | None = None
 
-    def pass_on(self, step: int, share: _Buffer | None) -> None:
+    def pass_on(self, step: int, share: Rows | None) -> None:
         """Send the block's sum so far on its way, and start to receive what the next step continues."""
         size, rank = self.plan.cp_size, self.plan.rank
         total = self._with_arrived(share)
         owner, upcoming = (rank - step) % size, (rank - step - 1) % size
         sends, receives = [], []
         if total is not None and step <= self.last[owner]:
-            sends.append((total.flat, owner if step == self.last[owner] else (rank + 1) % size))
+            sends = _with_rank(total, owner if step == self.last[owner] else (rank + 1) % size)
         if step + 1 < size and self.first[upcoming] <= step < self.last[upcoming]:
-            self._travelling = _Buffer.empty_like(self.home)
-            receives.append((self._travelling.flat, (rank - 1) % size))
+            self._travelling = _room(self.home)
+            receives += _with_rank(self._travelling, (rank - 1) % size)
         if step == self.last[rank]:
-            self._returning = _Buffer.empty_like(self.home)
-            receives.append((self._returning.flat, (rank + step) % size))
+            self._returning = _room(self.home)
+            receives += _with_rank(self._returning, (rank + step) % size)
         self._transfer = collectives.post(sends, receives, self.group_name)
 
-    def _with_arrived(self, share: _Buffer | None) -> _Buffer | None:
+    def _with_arrived(self, share: Rows | None) -> Rows | None:
         """Wait for the transfer of the step before; the travelling sum with this rank's share in it."""
         self.settle()
         total, self._travelling = self._travelling, None
         if total is None or share is None:
             return share if total is None else total
-        total.flat += share.flat
+        for summed, part in zip(total, share, strict=True):
+            summed.add_(part)
         return total
 
     def settle(self) -> None:
@@ -238,8 +241,8 @@ class _TravellingGradients:
             self._transfer.wait()
             self._transfer = None
         if self._returning is not None:
-            for total, returned in zip(self.home, self._returning.rows, strict=True):
-                total.add_(returned)
+            for total, returned in zip(self.home, self._returning, strict=True):
+                total.add(ALL, returned)
             self._returning = None
 
 
@@ -264,7 +267,7 @@ class DirectExchange(Exchange):
                 yield _block_of(route.plan, stage, block, ())
             del block  # its memory is for the rows after the next
 
-    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+    def backward(self, route: Route, rows: Rows, home: Sums) -> Iterator[Block]:
         """Yield the same blocks; each one's gradients start home while the next one is computed."""
         own, returns = route.plan.tasks_of(route.plan.rank), _Returns(route, home)
         for stage, block in _staged(route, rows):
@@ -273,15 +276,17 @@ class DirectExchange(Exchange):
                 continue
             grads = None
             if block is not None:
-                grads = _Buffer.zeros_like(home, block[0].shape[1])
-                yield _block_of(route.plan, stage, block, grads.rows)
+                sums = _blank(home, block[0].shape[1])
+                yield _block_of(route.plan, stage, block, sums)
+                grads = _totals(sums)
+                del sums
             del block  # its memory is for the rows after the next
             returns.send(stage, grads)
             del grads
         returns.settle()
 
 
-def _block_of(plan: Plan, stage: int, rows: Rows, grads: Rows) -> Block:
+def _block_of(plan: Plan, stage: int, rows: Rows, grads: Sums) -> Block:
     owner = int(plan.stages[stage, FROM])
     return Block(plan.tasks_of(owner), rows, grads, owner, plan.runs(stage, sent=False))
 
@@ -300,10 +305,10 @@ def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
             transfer, received = upcoming
             transfer.wait()
             upcoming = _posted(route, stage + 1, rows)
-            yield stage, None if received is None else received.rows
+            yield stage, received
 
 
-def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, _Buffer | None]:
+def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, Rows | None]:
     """Start a stage: what is under way, and where what arrives will be; nothing after the last stage."""
     plan = route.plan
     if stage >= len(plan.stages):
@@ -311,33 +316,33 @@ def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer,
     to, source = plan.stages[stage].tolist()
     received = None
     if source >= 0:
-        received = _Buffer.empty_like(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
-    sends = [(_packed_runs(route, rows, plan.runs(stage, sent=True)).flat, to)] if to >= 0 else []
-    receives = [] if received is None else [(received.flat, source)]
+        received = _room(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
+    sends = _with_rank(_packed_runs(route, rows, plan.runs(stage, sent=True)), to) if to >= 0 else []
+    receives = [] if received is None else _with_rank(received, source)
     return collectives.post(sends, receives, route.group_name), received
 
 
 class _Returns:
     """Gradients on their way home, stage by stage, against the direction in which the rows came."""
 
-    def __init__(self, route: Route, home: Rows) -> None:
+    def __init__(self, route: Route, home: Sums) -> None:
         self.route, self.home = route, home
         self._transfer = collectives.Transfer([], [])
-        self._arriving: tuple[Table, _Buffer] | None = None
+        self._arriving: tuple[Table, Rows] | None = None
 
-    def send(self, stage: int, grads: _Buffer | None) -> None:
+    def send(self, stage: int, grads: Rows | None) -> None:
         """Add what came home in the stage before, then start this one."""
         self.settle()
         plan = self.route.plan
         to, source = plan.stages[stage].tolist()
         wire = self.route.wire or self.home[0].dtype
-        sends = [] if grads is None else [(grads.flat.to(wire), source)]
+        sends = [] if grads is None else _with_rank(tuple(grad.to(wire) for grad in grads), source)
         receives = []
         if to >= 0:
             runs = plan.runs(stage, sent=True)
-            arriving = _Buffer.empty_like(self.home, int(runs[:, 1].sum()), wire)
+            arriving = _room(self.home, int(runs[:, 1].sum()), wire)
             self._arriving = runs, arriving
-            receives.append((arriving.flat, to))
+            receives = _with_rank(arriving, to)
         self._transfer = collectives.post(sends, receives, self.route.group_name)
 
     def settle(self) -> None:
@@ -345,7 +350,7 @@ class _Returns:
         self._transfer.wait()
         if self._arriving is not None:
             runs, arrived = self._arriving
-            for total, part in zip(self.home, arrived.rows, strict=True):
+            for total, part in zip(self.home, arrived, strict=True):
                 _add_runs(self.route, total, part, runs)
             self._arriving = None
 
@@ -357,29 +362,25 @@ In ``benchmarks/blocks.py`` an index is ahead from between 32 and 64 runs on a X
 a launch on a GPU, where nothing was timed."""
 
 
-def _packed_runs(route: Route, rows: Rows, runs: Table) -> _Buffer:
-    """The rows of runs ``(start, length)``, end to end."""
-    if len(runs) > _FEW_RUNS:
+def _packed_runs(route: Route, rows: Rows, runs: Table) -> Rows:
+    """The rows of runs ``(start, length)``, end to end; a single run is sent from where it is."""
+    if not 1 <= len(runs) <= _FEW_RUNS:
         index = rows_of(runs, rows[0].device, route.tables)
-        return _Buffer.of(tuple(row.index_select(1, index) for row in rows))
-    packed = _Buffer.empty_like(rows, int(runs[:, 1].sum()))
-    for part, row in zip(packed.rows, rows, strict=True):
-        first = 0
-        for start, length in runs.tolist():
-            part[:, first : first + length] = row[:, start : start + length]
-            first += length
-    return packed
+        return tuple(row.index_select(1, index) for row in rows)
+    pieces = [slice(start, start + length) for start, length in runs.tolist()]
+    if len(pieces) == 1:
+        return tuple(row[:, pieces[0]] for row in rows)
+    return tuple(torch.cat([row[:, piece] for piece in pieces], dim=1) for row in rows)
 
 
-def _add_runs(route: Route, total: Tensor, part: Tensor, runs: Table) -> None:
+def _add_runs(route: Route, total: RowSum, part: Tensor, runs: Table) -> None:
     """Add rows that lie end to end to the runs they came from."""
     if len(runs) > _FEW_RUNS:
-        index = rows_of(runs, total.device, route.tables)
-        total.index_copy_(1, index, total.index_select(1, index).add_(part))
+        total.add_at(rows_of(runs, part.device, route.tables), part)
         return
     first = 0
     for start, length in runs.tolist():
-        total[:, start : start + length].add_(part[:, first : first + length])
+        total.add(slice(start, start + length), part[:, first : first + length])
         first += length
 
 
@@ -402,74 +403,67 @@ class GatherExchange(Exchange):
 
     def forward(self, route: Route, rows: Rows) -> Iterator[Block]:
         """Gather, then yield the blocks in plan order."""
-        yield from _gathered_blocks(route, rows, None)
+        yield from _gathered_blocks(route, rows, [])
 
-    def backward(self, route: Route, rows: Rows, home: Rows) -> Iterator[Block]:
+    def backward(self, route: Route, rows: Rows, home: Sums) -> Iterator[Block]:
         """Gather again (a layer keeps only its own rows), yield the blocks, reduce-scatter their gradients."""
-        everyone = home[0].new_zeros(route.plan.cp_size, sum(row.numel() for row in home))
+        everyone = [_blank(home) for _ in range(route.plan.cp_size)]
         with collectives.ended_on_error(route.group_name):
-            yield from _gathered_blocks(route, rows, _Gathered(everyone, [row.shape for row in home]))
-        mine = _Buffer(_summed(route, everyone), [row.shape for row in home])
-        for own, part in zip(home, mine.rows, strict=True):
-            own.add_(part)
+            yield from _gathered_blocks(route, rows, everyone)
+        for i, own in enumerate(home):
+            own.add(ALL, _summed(route, [sums[i].total() for sums in everyone]))
 
 
-class _Gathered(NamedTuple):
-    """All ranks' rows: ``[P, numbers of a rank]``, and the shapes in which a rank's numbers lie."""
-
-    flat: Tensor
-    shapes: list[torch.Size]
-
-    def of(self, rank: int) -> Rows:
-        """A rank's rows."""
-        return _Buffer(self.flat[rank], self.shapes).rows
-
-    def ordered(self, places: Tensor) -> Rows:
-        """A copy of everybody's rows in global order."""
-        size = len(self.flat)
-        parts = self.flat.split([shape.numel() for shape in self.shapes], dim=1)
-        return tuple(
-            torch.cat([part[rank].view(shape) for rank in range(size)], dim=1).index_select(1, places)
-            for part, shape in zip(parts, self.shapes, strict=True)
-        )
-
-    def add_ordered(self, grads: Rows, places: Tensor) -> None:
-        """Add rows in global order to where they belong."""
-        size = len(self.flat)
-        for i, (part, shape) in enumerate(zip(grads, self.shapes, strict=True)):
-            ranked = part.new_zeros(shape[0], size * shape[1], *shape[2:]).index_copy_(1, places, part)
-            for rank, rows in enumerate(ranked.chunk(size, dim=1) if shape[1] else []):
-                self.of(rank)[i].add_(rows)
+def _gathered(route: Route, rows: Rows) -> list[Rows]:
+    """Every rank's rows, in rank order."""
+    everyone = [collectives.all_gather(row, route.group_name).view(route.plan.cp_size, *row.shape) for row in rows]
+    return list(zip(*everyone, strict=True))
 
 
-def _gathered_blocks(route: Route, rows: Rows, grads: _Gathered | None) -> Iterator[Block]:
-    plan, own = route.plan, _Buffer.of(rows)
-    flat = collectives.all_gather(own.flat, route.group_name).view(plan.cp_size, own.flat.numel())
-    gathered = _Gathered(flat, list(own.shapes))
+def _ordered(everyone: Sequence[Rows], places: Tensor) -> Rows:
+    """A copy of everybody's rows in global order."""
+    return tuple(torch.cat(parts, dim=1).index_select(1, places) for parts in zip(*everyone, strict=True))
+
+
+def _add_ordered(everyone: Sequence[Sums], grads: Sums, places: Tensor) -> None:
+    """Add the gradients of rows in global order to where they belong."""
+    for sums, grad in zip(zip(*everyone, strict=True), grads, strict=True):
+        rows, part = sums[0].shape[1], grad.total()
+        ranked = part.new_zeros(part.shape[0], len(sums) * rows, *part.shape[2:]).index_copy_(1, places, part)
+        for rank, total in enumerate(sums):
+            total.add(ALL, ranked[:, rank * rows : (rank + 1) * rows])
+
+
+def _gathered_blocks(route: Route, rows: Rows, grads: Sequence[Sums]) -> Iterator[Block]:
+    """The blocks in plan order, with sums out of ``grads``, one tuple for each rank's rows, where there are any."""
+    plan, gathered = route.plan, _gathered(route, rows)
     if route.places is not None:
-        everything = gathered.ordered(route.places)
-        sums = () if grads is None else tuple(x.new_zeros(x.shape, dtype=grads.flat.dtype) for x in everything)
+        everything = _ordered(gathered, route.places)
+        sums = _blank(grads[0], everything[0].shape[1]) if grads else ()
         yield Block(plan.tasks, everything, sums, 0)
-        if grads is not None:
-            grads.add_ordered(sums, route.places)
+        if grads:
+            _add_ordered(grads, sums, route.places)
         return
     for step in range(plan.cp_size):
         owner = (plan.rank - step) % plan.cp_size
         tasks = plan.tasks_of(owner)
         if len(tasks):
-            yield Block(tasks, gathered.of(owner), () if grads is None else grads.of(owner), owner)
+            yield Block(tasks, gathered[owner], grads[owner] if grads else (), owner)
 
 
-def _summed(route: Route, everyone: Tensor) -> Tensor:
-    """This rank's part of the sum over ranks, in rank order; the own share never leaves the accumulator's dtype."""
-    size, rank = everyone.shape[0], route.plan.rank
-    if route.wire is None:
-        total: Tensor = collectives.reduce_scatter(everyone, route.group_name).view(-1)
-        return total
-    parts = collectives.all_to_all(everyone.to(route.wire), [1] * size, [1] * size, route.group_name)
-    total = torch.zeros_like(everyone[0])
-    for source, part in enumerate(parts):
-        total += everyone[rank] if source == rank else part
+def _summed(route: Route, parts: Sequence[Tensor]) -> Tensor:
+    """The sum over ranks of this rank's part, in rank order; the own share never leaves the accumulator's dtype."""
+    rank, wire = route.plan.rank, route.wire or parts[0].dtype
+    everyone = [part if source == rank else torch.empty_like(part, dtype=wire) for source, part in enumerate(parts)]
+    collectives.connect(route.group_name, parts[0].device)
+    collectives.post(
+        [(part.to(wire), peer) for peer, part in enumerate(parts) if peer != rank],
+        [(part, peer) for peer, part in enumerate(everyone) if peer != rank],
+        route.group_name,
+    ).wait()
+    total = everyone[0].to(parts[0].dtype)
+    for part in everyone[1:]:
+        total.add_(part)
     return total
 
 

@@ -7,18 +7,21 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cphandler.attention.exchange import Block, Route, Rows, get_exchange, rows_of
+from cphandler.attention.exchange import Block, Route, Rows, Sums, get_exchange, rows_of
 from cphandler.errors import UnsupportedError
-from cphandler.kernels import Kernel, Softmax, Task, get_kernel
+from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Tasks, get_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
+from cphandler.kernels.sums import ALL
 from cphandler.kernels.tables import DeviceTables
 from cphandler.plan.plan import Plan
 from cphandler.plan.tasks import OWNER
@@ -169,6 +172,17 @@ class _PlanInUse:
     def __init__(self, packed: Tensor, version: int) -> None:
         self.version, self.plan = version, Plan.from_tensor(packed)
         self.rows, self.masks = DeviceTables(), DeviceTables(MOST_MASKS)
+        self._tasks: dict[tuple[int, int], Tasks] = {}
+
+    def tasks(self, block: Block) -> Tasks:
+        """The tasks of a block, with what kernels made of them where they are rows of this plan."""
+        table = block.tasks[:, OWNER + 1 :]
+        if not np.may_share_memory(block.tasks, self.plan.tasks):
+            return Tasks(table)
+        key = block.tasks.__array_interface__["data"][0], len(block.tasks)
+        if key not in self._tasks:
+            self._tasks[key] = Tasks(table)
+        return self._tasks[key]
 
 
 _in_use: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -230,32 +244,24 @@ def max_logit(q: Tensor, k: Tensor, plan: Tensor, scalars: Scalars, indices: Ind
     return result
 
 
-def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Rows | None = None) -> Iterator[Block]:
-    """The blocks of an exchange, forward, or backward where there are accumulators; one block without an exchange."""
+def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Sums | None = None) -> Iterator[Block]:
+    """The blocks of an exchange, forward, or backward where there are sums; one block without an exchange."""
     if not scalars.exchange:
         return iter([Block(route.plan.tasks, rows, home or (), 0)])
     exchange = get_exchange(scalars.exchange)()
     return exchange.forward(route, rows) if home is None else exchange.backward(route, rows, home)
 
 
-def _tasks(block: Block) -> list[Task]:
-    return [Task(*row) for row in block.tasks[:, OWNER + 1 :].tolist()]
-
-
-def _per_head(x: Tensor, repeats: tuple[int, ...], *, zeros: bool = False) -> Tensor:
-    """``[B, M, G, D]`` with each key head as often as query heads use it; itself where all are used alike."""
-    if zeros and len(set(repeats)) > 1:
-        return x.new_zeros((*x.shape[:2], sum(repeats), x.shape[-1]))
-    return repeat_heads(x, repeats)
-
-
-def _add_per_head(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...], repeats: tuple[int, ...]) -> None:
-    """Add the gradients of repeated heads to those of the heads they are copies of."""
+@contextmanager
+def _per_head(grads: Sums, repeats: tuple[int, ...]) -> Iterator[Sums]:
+    """Sums for key heads repeated as often as they are used, added up at the end; the same where all are used alike."""
     if len(set(repeats)) <= 1:
+        yield grads
         return
-    for total, part in zip(totals, parts, strict=True):
-        for i, copies in enumerate(part.split(repeats, dim=2)):
-            total[:, :, i] += copies.sum(2)
+    repeated = tuple(RowSum((*x.shape[:2], sum(repeats), x.shape[-1]), x.dtype, x.device) for x in grads)
+    yield repeated
+    for total, part in zip(grads, repeated, strict=True):
+        total.add(ALL, torch.stack([copies.sum(2) for copies in part.total().split(repeats, dim=2)], dim=2))
 
 
 class _Weighting:
@@ -313,31 +319,15 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`attention`."""
     scalars, where = Scalars.unpacked(indices, floats, integers, names)
-    accumulator = accumulator_dtype(q.dtype)
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=accumulator)
-    lse = q.new_full(q.shape[:-1], float("-inf"), dtype=accumulator)
-    in_use = _unpacked(plan)
+    in_use, result = _unpacked(plan), AttentionSum(q, v.shape[-1])
     route = scalars.route(in_use, where.places)
     compute, weighting = get_kernel(scalars.kernel, q.device.type), _Weighting(scalars, q, where, in_use)
     for block in _blocks(scalars, route, (k, v)):
-        block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
+        block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
         if q.shape[2]:  # a rank without heads only takes part in the exchange
-            compute.forward(q, block_keys, block_values, _tasks(block), weighting.of(block), out, lse)
+            compute.forward(q, block_keys, block_values, in_use.tasks(block), weighting.of(block), result)
         del block, block_keys, block_values  # before the exchange makes room for the next one
-    if sinks is not None:
-        lse = _absorb_sinks(out, lse, sinks.to(accumulator))
-    return out.to(q.dtype), lse
-
-
-def _absorb_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Widen each row's softmax by its head's sink: scales ``out`` in place, returns the new log-sum-exp.
-
-    A row that sees nothing keeps ``-inf`` and 0: padding stays padding.
-    """
-    seen = lse > float("-inf")
-    merged = torch.where(seen, torch.logaddexp(lse, sinks.expand_as(lse)), lse)
-    out.mul_(torch.where(seen, torch.exp(lse - merged), 0.0).unsqueeze(-1))
-    return merged
+    return result.total(sinks)
 
 
 def _sink_gradient(sinks: Tensor, saved: Saved) -> Tensor:
@@ -370,21 +360,21 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
     scalars, where = Scalars.unpacked(indices, floats, integers, names)
-    accumulator = accumulator_dtype(q.dtype)
-    dq, dk, dv = (x.new_zeros(x.shape, dtype=accumulator) for x in (q, k, v))
+    dq, dk, dv = (RowSum.like(x) for x in (q, k, v))
     compute: Kernel = get_kernel(scalars.kernel, q.device.type)
     in_use = _unpacked(plan)
     route = scalars.route(in_use, where.places)
     saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(scalars, q, where, in_use)
     for block in _blocks(scalars, route, (k, v), home=(dk, dv)):
-        block_keys, block_values = (_per_head(x, scalars.repeats) for x in block.rows)
-        grads = Gradients(dq, *(_per_head(x, scalars.repeats, zeros=True) for x in block.grads))
+        block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
         if q.shape[2]:
-            compute.backward(saved, block_keys, block_values, _tasks(block), weighting.of(block), grads)
-        _add_per_head(block.grads, (grads.dk, grads.dv), scalars.repeats)
-        del block, block_keys, block_values, grads  # before the exchange makes room for the next one
+            with _per_head(block.grads, scalars.repeats) as sums:
+                grads = Gradients(dq, *sums)
+                compute.backward(saved, block_keys, block_values, in_use.tasks(block), weighting.of(block), grads)
+            del sums, grads
+        del block, block_keys, block_values  # before the exchange makes room for the next one
     dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, saved)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
+    return dq.total(q.dtype), dk.total(k.dtype), dv.total(v.dtype), dsinks
 
 
 @torch.library.custom_op("cphandler::largest_scores", mutates_args=())
@@ -406,7 +396,7 @@ def largest_scores(
     softmax = Softmax(scalars.scale, masks=in_use.masks)
     for block in _blocks(scalars, scalars.route(in_use, where.places), (k,)):
         if q.shape[2]:
-            compute.max_logit(q, _per_head(block.rows[0], scalars.repeats), _tasks(block), softmax, result)
+            compute.max_logit(q, repeat_heads(block.rows[0], scalars.repeats), in_use.tasks(block), softmax, result)
         del block
     return result
 

@@ -12,13 +12,17 @@ from cphandler.kernels.registry import (
     register_kernel,
     select_kernel,
 )
-from cphandler.kernels.task import Task
+from cphandler.kernels.sums import AttentionSum, RowSum
+from cphandler.kernels.task import Task, Tasks
 
 __all__ = [
+    "AttentionSum",
     "Dropout",
     "Kernel",
+    "RowSum",
     "Softmax",
     "Task",
+    "Tasks",
     "available_kernels",
     "check_kernel_name",
     "get_kernel",

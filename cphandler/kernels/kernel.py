@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cphandler.kernels.dropout import Dropout
 from cphandler.kernels.strips import additive_mask, tiles
+from cphandler.kernels.sums import AttentionSum, RowSum
 from cphandler.kernels.tables import DeviceTables
 from cphandler.kernels.task import Tasks
 from cphandler.precision import accumulator_dtype
@@ -50,9 +51,9 @@ class Softmax(NamedTuple):
 
 
 class Kernel(ABC):
-    """Adds the result of tasks to accumulators.
+    """Adds the result of tasks to sums.
 
-    All tensors are ``[B, rows, heads, D]`` with any strides; accumulators are float32 (float64 for float64).
+    All tensors are ``[B, rows, heads, D]`` with any strides; sums are float32 (float64 for float64).
     """
 
     name: str
@@ -89,11 +90,24 @@ class Kernel(ABC):
         asked = {"softcap": softcap, "dropout": dropout}
         return "; ".join(self.refuses[name] for name in asked if asked[name] and name in self.refuses) or None
 
+    def prepare(self, tasks: Tasks, dtype: torch.dtype, device: torch.device) -> Any:
+        """What this kernel needs to know of tasks before it can start, made once and kept with the plan.
+
+        Args:
+            tasks: over one block of keys.
+            dtype: of queries, keys and values.
+            device: where they are.
+        """
+        return [*tasks]
+
+    def prepared(self, tasks: Tasks, q: Tensor) -> Any:
+        """What :meth:`prepare` made for these tasks and such queries."""
+        key = type(self), q.dtype, q.device
+        return tasks.prepared(key, lambda: self.prepare(tasks, q.dtype, q.device))
+
     @abstractmethod
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, out: Tensor, lse: Tensor
-    ) -> None:
-        """Merge each task's softmax-weighted values into ``out [B, L, N, D_v]`` and ``lse [B, L, N]``, in order.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, result: AttentionSum) -> None:
+        """Merge each task's softmax-weighted values into a result, in order.
 
         Args:
             q: ``[B, L, N, D]``.
@@ -101,8 +115,7 @@ class Kernel(ABC):
             v: ``[B, M, G, D_v]``.
             tasks: what to compute.
             softmax: how scores become weights; its dropout speaks of these L rows and M keys.
-            out: zeros where no task has been merged yet.
-            lse: natural log-sum-exp of the scaled (and capped) scores, ``-inf`` where no task has been merged yet.
+            result: takes ``out`` and natural ``lse`` of the scaled (and capped) scores, piece by piece.
         """
 
     @abstractmethod
@@ -115,7 +128,7 @@ class Kernel(ABC):
             v: ``[B, M, G, D_v]``.
             tasks: what the forward pass computed over these keys.
             softmax: as in the forward pass.
-            grads: accumulators.
+            grads: take the gradients, piece by piece.
         """
 
     def max_logit(self, q: Tensor, k: Tensor, tasks: Tasks, softmax: Softmax, result: Tensor) -> None:
@@ -155,10 +168,16 @@ class Saved(NamedTuple):
     grad_out: Tensor
     grad_lse: Tensor | None
 
+    def of(self, rows: slice) -> Saved:
+        """The same for some of the rows."""
+        q, out, lse, grad_out, grad_lse = self
+        grad_lse = None if grad_lse is None else grad_lse[:, rows]
+        return Saved(q[:, rows], out[:, rows], lse[:, rows], grad_out[:, rows], grad_lse)
+
 
 class Gradients(NamedTuple):
-    """Accumulators ``dq [B, L, N, D]``, ``dk [B, M, G, D]``, ``dv [B, M, G, D_v]``."""
+    """Sums ``dq [B, L, N, D]``, ``dk [B, M, G, D]``, ``dv [B, M, G, D_v]``."""
 
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    dq: RowSum
+    dk: RowSum
+    dv: RowSum

@@ -22,9 +22,9 @@ def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -
     ``out`` becomes the average of both weighted by ``exp(lse)``. Where both are ``-inf`` the result is 0 and ``-inf``;
     where one is, it is the other to the last bit.
     """
-    weight = torch.sigmoid(block_lse - lse).nan_to_num_(0.0)
+    weight = torch.sub(block_lse, lse).sigmoid_().nan_to_num_(0.0)
     out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, block_lse))
+    torch.logaddexp(lse, block_lse, out=lse)
 
 
 def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cphandler.kernels.blocks import BlockKernel
 from cphandler.kernels.dropout import keep_mask
-from cphandler.kernels.kernel import COLUMNS, ROWS, Gradients, Saved, Softmax, grouped
+from cphandler.kernels.kernel import COLUMNS, ROWS, Saved, Softmax, grouped
 from cphandler.kernels.strips import additive_mask, tiles
 from cphandler.kernels.task import Task
 from cphandler.precision import accumulator_dtype
@@ -47,7 +47,7 @@ class ReferenceKernel(BlockKernel):
         """Takes everything."""
         return None
 
-    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+    def blocks(self, task: Task, dtype: torch.dtype) -> Iterator[Task]:
         """Tiles of ``ROWS`` query rows and ``COLUMNS`` keys."""
         return tiles(task, ROWS, COLUMNS)
 
@@ -60,7 +60,9 @@ class ReferenceKernel(BlockKernel):
             weights *= dense.factor
         return _ungrouped(weights @ dense.values), _ungrouped(lse)
 
-    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> Gradients:
+    def block_backward(
+        self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`BlockKernel.block_backward`.
 
         With dropout the row sum of output times gradient still is the sum of weights times their gradients: the factor
@@ -80,7 +82,7 @@ class ReferenceKernel(BlockKernel):
         dq = grad_scores @ dense.keys
         dk = (grad_scores.mT @ dense.queries).sum(2).movedim(2, 1)
         dv = (used.mT @ grad_out).sum(2).movedim(2, 1)
-        return Gradients(_ungrouped(dq), dk, dv)
+        return _ungrouped(dq), dk, dv
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> _Dense:

@@ -1,11 +1,15 @@
-"""The unit of work of a kernel: a rectangle of query and key rows with a band across it."""
+"""The unit of work of a kernel, a rectangle of query and key rows with a band across it, and tables of such."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
-from cphandler.tokens.intervals import UNBOUNDED
+import numpy as np
+
+from cphandler.tokens.intervals import UNBOUNDED, Table
+
+T = TypeVar("T")
 
 
 class Task(NamedTuple):
@@ -37,4 +41,36 @@ class Task(NamedTuple):
         return slice(self.k, self.k + self.nk)
 
 
-Tasks: TypeAlias = Iterable[Task]
+class Tasks:
+    """The tasks over one block of keys, and what kernels made of them; kept with a plan, for all its layers and passes.
+
+    Args:
+        table: ``[n, 6]`` int64, the fields of a :class:`Task` in a row each, in the order they run.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._prepared: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of(cls, *tasks: Task) -> Tasks:
+        """Of single tasks."""
+        return cls(np.array(tasks, dtype=np.int64).reshape(-1, len(Task._fields)))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[Task]:
+        return (Task(*row) for row in self.table.tolist())
+
+    def prepared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What was made for a key; made when it is first asked for.
+
+        Args:
+            key: what it depends on beside the tasks.
+            make: makes it.
+        """
+        if key not in self._prepared:
+            self._prepared[key] = make()
+        made: T = self._prepared[key]
+        return made

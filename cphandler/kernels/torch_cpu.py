@@ -24,7 +24,7 @@ from cphandler.kernels.fused import (
     padded,
     unit_stride,
 )
-from cphandler.kernels.kernel import Gradients, Saved, Softmax
+from cphandler.kernels.kernel import Saved, Softmax
 from cphandler.kernels.strips import additive_mask, strips
 from cphandler.kernels.task import Task
 from cphandler.precision import ATTENTION_DTYPES
@@ -72,15 +72,15 @@ class TorchCpuKernel(BlockKernel):
         """Needs one of the usual dtypes."""
         return None if q.dtype in ATTENTION_DTYPES else f"dtype {q.dtype}"
 
-    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+    def blocks(self, task: Task, dtype: torch.dtype) -> Iterator[Task]:
         """Full blocks whole, long prefixes apart, long diagonals as squares, everything else in masked strips."""
-        rows, square_from = WIDE if q.dtype in (torch.float32, torch.float64) else NARROW
+        rows, square_from = WIDE if dtype in (torch.float32, torch.float64) else NARROW
         side = causal_square(task)
         if task.is_full or (is_square_causal(task) and task.nq <= rows):
             yield task
         elif side and task.hi >= rows:  # keys that every row sees need no mask
             yield Task(task.q, task.nq, task.k, task.hi, -UNBOUNDED, UNBOUNDED)
-            yield from self.blocks(Task(task.q, task.nq, task.k + task.hi, task.nk - task.hi, -UNBOUNDED, 0), q)
+            yield from self.blocks(Task(task.q, task.nq, task.k + task.hi, task.nk - task.hi, -UNBOUNDED, 0), dtype)
         elif side >= square_from:
             yield from around_square(task, side)
         else:
@@ -98,7 +98,9 @@ class TorchCpuKernel(BlockKernel):
         )
         return narrowed(out.transpose(1, 2), v.shape[-1]), lse.transpose(1, 2)
 
-    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> Gradients:
+    def block_backward(
+        self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`BlockKernel.block_backward`.
 
         The gradient of ``lse`` enters through one more channel of the values in which v is 0, the incoming gradient is
@@ -114,7 +116,8 @@ class TorchCpuKernel(BlockKernel):
             *tensors, saved.lse.transpose(1, 2), 0.0, causal, attn_mask=mask, scale=softmax.scale
         )
         widths = (q.shape[-1], k.shape[-1], v.shape[-1])
-        return Gradients(*(narrowed(x.transpose(1, 2), width) for x, width in zip(grads, widths, strict=True)))
+        dq, dk, dv = (narrowed(x.transpose(1, 2), width) for x, width in zip(grads, widths, strict=True))
+        return dq, dk, dv
 
     @staticmethod
     def _masking(block: Task, q: Tensor, softmax: Softmax) -> tuple[bool, Tensor | None]:

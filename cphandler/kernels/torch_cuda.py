@@ -49,11 +49,11 @@ class TorchCudaKernel(ReferenceKernel):
         widest = max(q.shape[-1], v.shape[-1])
         return None if widest <= WIDEST_HEAD else f"head dim {widest}: at most {WIDEST_HEAD} is possible"
 
-    def blocks(self, task: Task, q: Tensor) -> Iterator[Task]:
+    def blocks(self, task: Task, dtype: torch.dtype) -> Iterator[Task]:
         """Full blocks and squares whole, the rest in strips."""
         side = causal_square(task)
-        if q.dtype == torch.float64:
-            yield from super().blocks(task, q)
+        if dtype == torch.float64:
+            yield from super().blocks(task, dtype)
         elif task.is_full:
             yield task
         elif side >= SMALLEST_SQUARE:
@@ -88,7 +88,9 @@ class TorchCudaKernel(ReferenceKernel):
         else:
             ReferenceKernel().backward(saved, k, v, tasks, softmax, grads)
 
-    def block_backward(self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax) -> Gradients:
+    def block_backward(
+        self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`BlockKernel.block_backward`."""
         causal = is_square_causal(block)
         fused = (block.is_full or causal) and saved.q.dtype != torch.float64 and saved.grad_lse is None
@@ -101,7 +103,7 @@ class TorchCudaKernel(ReferenceKernel):
         backward = _efficient_backward if saved.q.dtype == torch.float32 else _flash_backward
         dq, dk, dv = backward(grad_out, queries, keys, values, out=out, lse=lse, causal=causal, scale=softmax.scale)
         dq, dk, dv = (narrowed(x, to.shape[-1]) for x, to in ((dq, saved.q), (dk, k), (dv, v)))
-        return Gradients(dq.transpose(1, 2), _summed(dk, groups), _summed(dv, groups))
+        return dq.transpose(1, 2), _summed(dk, groups), _summed(dv, groups)
 
 
 def _channels(q: Tensor, v: Tensor) -> int:

@@ -1,6 +1,6 @@
 """The Ulysses reshard: trade a split of the sequence for a split of the heads, and back (arXiv 2309.14509).
 
-Two opaque custom ops, each the backward pass of the other. All tensors of a call travel in one all-to-all.
+Two opaque custom ops, each the backward pass of the other. All parts of a call travel at once.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -163,54 +163,43 @@ def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
 def _to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
-    if len({x.dtype for x in tensors}) > 1:
-        return [
-            part
-            for one in _one_by_one(tensors, ranges)
-            for part in _to_heads(*one, places, tokens, identity, group_name)
-        ]
     heads = _unflat(ranges, len(tensors))
     size, rank, rows = len(heads[0]), collectives.members(group_name).rank, tensors[0].shape[1]
-    shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
-    counts = [_elements(shape) for shape in shapes]
-    sent = tensors[0].new_empty(sum(counts))
-    parts = [
-        x[:, :, slice(*h[peer])].transpose(0, 1) for peer in range(size) for x, h in zip(tensors, heads, strict=True)
-    ]
-    for view, part in zip(_views(sent, list(chain.from_iterable(shapes))), parts, strict=True):
-        view.copy_(part)
-    received = collectives.all_to_all(sent, counts, [counts[rank]] * size, group_name).view(size, counts[rank])
-    result = []
-    for x, shape in zip(received.split([math.prod(s) for s in shapes[rank]], dim=1), shapes[rank], strict=True):
-        flat = torch.cat(x.unbind()) if len(tensors) > 1 else x.reshape(-1)
-        ranked = flat.view(size * rows, *shape[1:])
-        result.append((ranked if identity else ranked.index_select(0, places)).transpose(0, 1))
-    return result
+    parts, arriving, result = [], [], []
+    for x, wanted in zip(tensors, heads, strict=True):
+        parts.append([x[:, :, slice(*h)].transpose(0, 1) for h in wanted])
+        result.append(x.new_empty((size * rows, *parts[-1][rank].shape[1:])))
+        arriving.append(list(result[-1].view(size, rows, *result[-1].shape[1:])))
+    _trade(parts, arriving, rank, group_name)
+    for own, place in zip(parts, arriving, strict=True):
+        place[rank].copy_(own[rank])
+    return [(x if identity else x.index_select(0, places)).transpose(0, 1) for x in result]
 
 
 @torch.library.custom_op("cphandler::gather_heads_scatter_seq", mutates_args=())
 def _to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
-    if len({x.dtype for x in tensors}) > 1:
-        return [
-            part
-            for one in _one_by_one(tensors, ranges)
-            for part in _to_tokens(*one, places, tokens, identity, group_name)
-        ]
     heads = _unflat(ranges, len(tensors))
     size, rank = len(heads[0]), collectives.members(group_name).rank
     rows = len(tokens) // size
-    shapes = [_shapes(tensors, heads, peer, rows) for peer in range(size)]
-    counts = [_elements(shape) for shape in shapes]
-    ranked = [
-        _rank_major(x.transpose(0, 1), tokens, identity).reshape(size, rows * math.prod((*x.shape[:1], *x.shape[2:])))
-        for x in tensors
-    ]
-    sent = (torch.cat(ranked, dim=1) if len(ranked) > 1 else ranked[0]).reshape(-1)
-    received = collectives.all_to_all(sent, [counts[rank]] * size, counts, group_name).split(counts)
-    arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
-    return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]
+    parts, arriving = [], []
+    for x, held in zip(tensors, heads, strict=True):
+        ranked = _rank_major(x.transpose(0, 1), tokens, identity)
+        parts.append([ranked[peer * rows : (peer + 1) * rows] for peer in range(size)])
+        shapes = [(rows, x.shape[0], stop - first, x.shape[-1]) for first, stop in held]
+        arriving.append([parts[-1][rank] if p == rank else x.new_empty(shape) for p, shape in enumerate(shapes)])
+    _trade(parts, arriving, rank, group_name)
+    return [_assembled(x, arrived, h) for x, arrived, h in zip(tensors, arriving, heads, strict=True)]
+
+
+def _trade(parts: list[list[Tensor]], arriving: list[list[Tensor]], rank: int, group_name: str) -> None:
+    """Send each rank its part of every tensor, and receive where it is read; one's own part stays."""
+    peers = [peer for peer in range(len(parts[0])) if peer != rank]
+    collectives.connect(group_name, parts[0][0].device)
+    sends = [(part[peer], peer) for peer in peers for part in parts]
+    receives = [(place[peer], peer) for peer in peers for place in arriving]
+    collectives.post(sends, receives, group_name).wait()
 
 
 def _rank_major(x: Tensor, tokens: Tensor, identity: bool) -> Tensor:

@@ -1,0 +1,224 @@
+"""What kernels add to: sums over pieces of rows, in which the first piece that covers a row is written, not added.
+
+Nothing is filled with zeros that a piece will cover, and where the first piece covers all rows it becomes the sum: one
+task over everything, as on one rank, costs no accumulator, no merge and no cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cphandler.kernels.merge import merge_into
+from cphandler.precision import accumulator_dtype
+
+ALL = slice(None)
+"""Every row."""
+
+
+class _Covered:
+    """Which rows have been written.
+
+    Args:
+        length: how many there are.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._rows = bytearray(length)
+        self._complete = False
+
+    def of(self, rows: slice) -> tuple[bool, bool]:
+        """Whether any and whether all of some rows have been written; of no rows, none and all."""
+        if self._complete:
+            return True, True
+        start, stop, _ = rows.indices(len(self._rows))
+        written = self._rows.count(1, start, stop)
+        return written > 0, written == stop - start
+
+    def holes(self, rows: slice) -> Iterator[slice]:
+        """Runs of rows among these that have not been written."""
+        if self._complete:
+            return
+        start, end, _ = rows.indices(len(self._rows))
+        while (start := self._rows.find(0, start, end)) >= 0:
+            stop = self._rows.find(1, start, end)
+            stop = end if stop < 0 else stop
+            yield slice(start, stop)
+            start = stop
+
+    def mark(self, rows: slice) -> None:
+        """These are written now."""
+        start, stop, _ = rows.indices(len(self._rows))
+        if stop - start == len(self._rows):
+            self._complete = True
+        self._rows[start:stop] = b"\1" * (stop - start)
+
+
+class _Accumulator:
+    """Room for rows ``[B, L, ...]``, made when it is needed; the first piece may become it.
+
+    Args:
+        shape: of the rows.
+        dtype: to add in.
+        device: where they are.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = tuple(shape), dtype, device
+        self._tensor: Tensor | None = None
+
+    def takes(self, part: Tensor) -> bool:
+        """Make a part that covers all rows the accumulator itself, in its own dtype until more comes; if it can be."""
+        if self._tensor is not None or part.shape != self.shape or not part.is_contiguous():
+            return False
+        self._tensor = part
+        return True
+
+    @property
+    def tensor(self) -> Tensor:
+        """The rows, in the dtype to add in; whatever memory held where nothing was written."""
+        if self._tensor is None:
+            self._tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        elif self._tensor.dtype != self.dtype:
+            self._tensor = self._tensor.to(self.dtype)
+        return self._tensor
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """The rows in another dtype; what came in it alone was never anything else."""
+        return (self.tensor if self._tensor is None else self._tensor).to(dtype)
+
+
+class RowSum:
+    """A sum of pieces of rows ``[B, L, ...]``; 0 where no piece was.
+
+    Args:
+        shape: of the rows.
+        dtype: to add in.
+        device: where they are.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self._covered, self._sum = _Covered(shape[1]), _Accumulator(shape, dtype, device)
+
+    @classmethod
+    def like(cls, x: Tensor, dtype: torch.dtype | None = None) -> RowSum:
+        """For rows in the shape of ``x``; in its accumulator's dtype where none is named."""
+        return cls(x.shape, dtype or accumulator_dtype(x.dtype), x.device)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the rows."""
+        return torch.Size(self._sum.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sum."""
+        return self._sum.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._sum.device
+
+    def add(self, rows: slice, part: Tensor) -> None:
+        """Add a piece.
+
+        Args:
+            rows: where it belongs.
+            part: ``[B, n, ...]`` in the sum's dtype or a narrower one. It may become the sum, and then be written to:
+                a tensor that nobody else keeps.
+        """
+        some, every = self._covered.of(rows)
+        whole = part.shape[1] == self._sum.shape[1]
+        if some and not every:
+            for hole in self._covered.holes(rows):
+                self._sum.tensor[:, hole] = 0
+        if some:
+            self._sum.tensor[:, rows].add_(part)
+        elif not (whole and self._sum.takes(part)):
+            self._sum.tensor[:, rows].copy_(part)
+        self._covered.mark(rows)
+
+    def add_at(self, index: Tensor, part: Tensor) -> None:
+        """Add a piece whose rows lie apart.
+
+        Args:
+            index: ``[n]`` different rows.
+            part: ``[B, n, ...]`` in the sum's dtype or a narrower one.
+        """
+        for hole in self._covered.holes(ALL):
+            self._sum.tensor[:, hole] = 0
+        self._covered.mark(ALL)
+        self._sum.tensor.index_copy_(1, index, self._sum.tensor.index_select(1, index).add_(part))
+
+    def total(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The sum, contiguous, in its own dtype or another; nothing is to be added afterwards."""
+        for hole in self._covered.holes(ALL):
+            self._sum.tensor[:, hole] = 0
+        return self._sum.rounded(dtype or self._sum.dtype)
+
+
+class AttentionSum:
+    """Attention of rows over the keys of all tasks so far; 0 and ``-inf`` where a row has seen nothing.
+
+    Args:
+        q: the queries, ``[B, L, N, D]``.
+        channels: head dim of the values.
+    """
+
+    def __init__(self, q: Tensor, channels: int) -> None:
+        self._dtype, dtype = q.dtype, accumulator_dtype(q.dtype)
+        self._covered = _Covered(q.shape[1])
+        self._out = _Accumulator((*q.shape[:-1], channels), dtype, q.device)
+        self._lse = _Accumulator(q.shape[:-1], dtype, q.device)
+
+    def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Merge attention of some rows over further keys.
+
+        Args:
+            rows: the query rows.
+            out: ``[B, n, N, D_v]``. Both may become the result, and then be written to: tensors that nobody else keeps.
+            lse: ``[B, n, N]`` natural log-sum-exp of the scaled (and capped) scores, in the accumulators' dtype.
+        """
+        some, every = self._covered.of(rows)
+        whole = out.shape[1] == self._out.shape[1]
+        if some and not every:
+            self._blank(rows)
+        if some:
+            merge_into(self._out.tensor[:, rows], self._lse.tensor[:, rows], out, lse)
+        else:
+            if not (whole and self._out.takes(out)):
+                self._out.tensor[:, rows].copy_(out)
+            if not (whole and self._lse.takes(lse)):
+                self._lse.tensor[:, rows].copy_(lse)
+        self._covered.mark(rows)
+
+    def _blank(self, rows: slice) -> None:
+        for hole in self._covered.holes(rows):
+            self._out.tensor[:, hole] = 0
+            self._lse.tensor[:, hole] = float("-inf")
+
+    def total(self, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``out [B, L, N, D_v]`` in the queries' dtype and ``lse [B, L, N]``, contiguous; nothing is merged afterwards.
+
+        Args:
+            sinks: ``[N]``: one more logit per head in the softmax of every row that has seen something.
+        """
+        self._blank(ALL)
+        lse = self._lse.tensor
+        if sinks is not None:
+            lse = _absorb(self._out.tensor, lse, sinks.to(lse.dtype))
+        return self._out.rounded(self._dtype), lse
+
+
+def _absorb(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Widen each row's softmax by its head's sink: scales ``out`` in place, returns the new log-sum-exp.
+
+    A row that sees nothing keeps ``-inf`` and 0: padding stays padding.
+    """
+    seen = lse > float("-inf")
+    merged = torch.where(seen, torch.logaddexp(lse, sinks.expand_as(lse)), lse)
+    out.mul_(torch.where(seen, torch.exp(lse - merged), 0.0).unsqueeze(-1))
+    return merged
