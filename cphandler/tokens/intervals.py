@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -30,6 +31,49 @@ def frozen(array: Table) -> Table:
     array = np.ascontiguousarray(array, dtype=np.int64)
     array.setflags(write=False)
     return array
+
+
+Narrow: TypeAlias = "Table | npt.NDArray[np.int32]"
+"""A table as :func:`narrowed` makes it."""
+
+_WIDE = (1 << 31) - 1
+"""What stands for :data:`UNBOUNDED` in 32 bits."""
+
+
+def narrowed(values: Table) -> Narrow:
+    """A table in half the bytes, to be sent to another process, where its numbers allow it; undo it by ``widened``."""
+    kept = np.where(np.abs(values) == UNBOUNDED, np.sign(values) * _WIDE, values)
+    beyond = (np.abs(values) >= _WIDE) & (np.abs(values) != UNBOUNDED)
+    return values if beyond.any() else kept.astype(np.int32)
+
+
+def widened(values: Narrow) -> Table:
+    """The table that :func:`narrowed` was given; read-only."""
+    wide = values.astype(np.int64)
+    if values.dtype == np.int32:
+        wide[wide == _WIDE], wide[wide == -_WIDE] = UNBOUNDED, -UNBOUNDED
+    return frozen(wide)
+
+
+def sorting(*columns: Table) -> Table:
+    """The order of rows by several columns of numbers not below 0, the first counts most; ties in any order."""
+    bounds = [int(column.max(initial=0)) + 1 for column in columns]
+    if math.prod(bounds) > UNBOUNDED:
+        return np.lexsort(columns[::-1])
+    key = columns[0]
+    for column, bound in zip(columns[1:], bounds[1:], strict=True):
+        key = key * bound + column
+    return np.argsort(key)
+
+
+def merged(starts: Table, stops: Table) -> tuple[Table, Table]:
+    """The union of intervals that are not empty, as few as there can be, ascending; those that touch are one."""
+    if not len(starts):
+        return starts, stops
+    order = np.argsort(starts)
+    starts, reach = starts.take(order), np.maximum.accumulate(stops.take(order))
+    opens = np.flatnonzero(np.append(True, starts[1:] > reach[:-1]))
+    return starts.take(opens), reach.take(np.append(opens[1:], len(starts)) - 1)
 
 
 def offsets_of(lengths: Table) -> Table:
