@@ -18,7 +18,7 @@ from cphandler.comm import collectives
 from cphandler.comm.groups import CPGroup
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidValueError, UnsupportedError
-from cphandler.kernels import check_kernel_name, get_kernel
+from cphandler.kernels import check_kernel_name, get_kernel, likely_kernel
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.shard import ShardPair, device_copy
@@ -38,6 +38,7 @@ class Host(Protocol):
     shards: ShardPair
     queries: StreamMetadata
     keys: StreamMetadata
+    device: torch.device
 
     @property
     def qkv_format(self) -> Any:
@@ -202,9 +203,26 @@ class Attention:
                 if x is not None:
                     check_no_tangent(x, "core_attn")
 
+    def plan(self, mask: Mask) -> None:
+        """Make, or find, the plan of a mask, for the kernel that calls are likely to take; nothing is sent.
+
+        Args:
+            mask: who sees whom.
+
+        Raises:
+            InvalidValueError: a mask that does not fit the documents.
+            UnsupportedError: a mask or a layout that no plan can be made of.
+        """
+        kernel = likely_kernel(self.host.config.kernel, self.host.device.type)
+        plans = self._plans_for(kernel.takes_prefix)
+        plans.plan(mask)
+        plans.places(self.host.device)
+
     def plans(self, call: AttentionCall) -> Plans:
         """The plans of a call's attention; made once per batch."""
-        ordered = get_kernel(call.kernel, call.q.device.type).takes_prefix
+        return self._plans_for(get_kernel(call.kernel, call.q.device.type).takes_prefix)
+
+    def _plans_for(self, ordered: bool) -> Plans:
         if ordered not in self._plans:
             self._plans[ordered] = self.make_plans(ordered)
         return self._plans[ordered]

@@ -6,6 +6,7 @@ the layouts and the mask, so that both ends of a message compute it alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -19,7 +20,18 @@ from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.plan.matching import matchings
 from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, key_runs, visibility
-from cphandler.tokens.intervals import Flags, Table, frozen, merged, offsets_of, sorting, table
+from cphandler.tokens.intervals import (
+    Flags,
+    Narrow,
+    Table,
+    frozen,
+    merged,
+    narrowed,
+    offsets_of,
+    sorting,
+    table,
+    widened,
+)
 
 Needs: TypeAlias = Literal["tasks", "hops", "stages"]
 """What a plan holds beside its tasks: nothing, how far blocks travel round a ring, or who sends which rows when."""
@@ -93,6 +105,14 @@ class Plan:
         for name in _COLUMNS:
             object.__setattr__(self, name, frozen(getattr(self, name)))
 
+    def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
+        return _unpickled, (self.cp_size, self.rank, *(narrowed(getattr(self, name)) for name in _COLUMNS))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+
     def tasks_of(self, owner: int) -> Table:
         """The tasks whose keys live on ``owner``, in the order they run."""
         return self._tasks_by_owner.of(owner)
@@ -131,6 +151,10 @@ class Plan:
             tables.append(values[start : start + count * columns].reshape(count, columns))
             start += count * columns
         return cls(cp_size, rank, *tables)
+
+
+def _unpickled(cp_size: int, rank: int, *tables: Narrow) -> Plan:
+    return Plan(cp_size, rank, *map(widened, tables))
 
 
 def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, needs: Needs = "tasks") -> Plan:
