@@ -187,7 +187,7 @@ class BatchPlan:
             raise InvalidValueError(
                 f"the BatchPlan given as layout= was made for another batch, by its {differs}",
                 got=got,
-                fix="give plan_batch the offsets, padded ones too, and the cp_size that the handler gets, in every step",
+                fix="give plan_batch the offsets, padded ones too, and the number of ranks that the handler gets",
             )
 
     def plan(self, rank: int) -> Plan:
