@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -157,14 +158,11 @@ class Attention:
         host = self.host
 
         def check() -> AttentionCall:
-            padded = host.shards.keys.padded_rows
-            batch = None if padded is None else padded.num_documents
-            rows = host.shards.queries.num_local_tokens, host.shards.keys.num_local_tokens
             call = AttentionCall.of(
                 attn_mod,
                 tensors,
                 options=AttentionOptions.checked(options),
-                rules=TensorRules(host.qkv_format, rows, batch, host.explain_length),
+                rules=self._rules,
                 mask=host.mask,
                 config=host.config,
             )
@@ -176,6 +174,14 @@ class Attention:
             return call
 
         return host.agreed("core_attn", check, lambda call: f"{call.describe()}, {host.shown_mask(call.mask)}")
+
+    @cached_property
+    def _rules(self) -> TensorRules:
+        shards = self.host.shards
+        padded = shards.keys.padded_rows
+        batch = None if padded is None else padded.num_documents
+        rows = shards.queries.num_local_tokens, shards.keys.num_local_tokens
+        return TensorRules(self.host.qkv_format, rows, batch, self.host.explain_length)
 
     def _check_capabilities(self, call: AttentionCall) -> None:
         features = list(call.options.features)
@@ -249,13 +255,16 @@ class Attention:
         """
         q, k, v = call.q, call.k, call.v
         batch, rows, heads = q.shape[:3]
-        if self.host.shards.keys.padded_rows is not None:  # rows of a batch with padding are laid end to end
+        padded = self.host.shards.keys.padded_rows is not None
+        if padded:  # rows of a batch with padding are laid end to end
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
         plan, scalars, indices = self._prepared(call, q.device)
         out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
         self.host.watched(out)
         largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
-        return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
+        if padded:
+            out, lse = out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads)
+        return AttentionResult(out, lse, largest)
 
     @untraced
     def _prepared(self, call: AttentionCall, device: torch.device) -> tuple[Tensor, Scalars, Indices]:

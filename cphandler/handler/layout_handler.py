@@ -222,8 +222,12 @@ class LayoutHandler(ContextParallelHandler):
 
     def shown_mask(self, mask: Mask) -> str:
         """A mask by its bands, which say all that matters, and by name; a caller's class may print an address."""
-        name = repr(mask) if is_dataclass(mask) else type(mask).__name__
-        return f"{shortened(name, 60)} {digest(self.shards.fingerprint(mask))}"
+
+        def in_words() -> str:
+            name = repr(mask) if is_dataclass(mask) else type(mask).__name__
+            return f"{shortened(name, 60)} {digest(self.shards.fingerprint(mask))}"
+
+        return self.shards.memo_of(mask).get(("shown", mask), in_words)
 
     def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
         """Run a check; on the first exchange, let every rank know whether it passed and whether all make one call.
