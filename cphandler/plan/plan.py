@@ -229,12 +229,9 @@ def _union(stages: Table, starts: Table, lengths: Table) -> Table:
     moves = np.flatnonzero(stages >= 0)
     if not len(moves):
         return _empty(3)
-    starts, stages = starts.take(moves), stages.take(moves)
-    stops = starts + lengths.take(moves)
-    room = int(stops.max()) + 1  # stages laid end to end, so that one running maximum serves all
-    starts, stops = merged(stages * room + starts, stages * room + stops)
-    stage = starts // room
-    return np.stack([stage, starts - stage * room, stops - starts], axis=1)
+    starts, lengths = starts.take(moves), lengths.take(moves)
+    stage, starts, stops = merged(stages.take(moves), starts, starts + lengths)
+    return np.stack([stage, starts, stops - starts], axis=1)
 
 
 def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:

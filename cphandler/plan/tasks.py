@@ -247,14 +247,14 @@ def key_runs(bands: Table, queries: Layout, keys: Layout, owner: int) -> Table:
         tasks, ranks = cut(bands, queries, keys, key_ranks=[owner])
         return np.column_stack([ranks, tasks[:, [K, NK]]])
     ((q_spans,), (k_spans,)) = queries.tables(), keys.tables([owner])
-    pieces = query_pieces(tightened(bands), q_spans)
-    room = keys.num_tokens + 1
-    base = pieces.spans[:, RANK] * room
-    starts, stops = merged(base + pieces.bands[:, K0], base + pieces.bands[:, K1])
-    rank = starts // room
-    base = rank * room
-    run, span, first, stop = cut_by_spans(starts - base, stops - base, k_spans)
-    return np.stack([rank.take(run), k_spans[:, LOCAL].take(span) + first, stop - first], axis=1)
+    bands = tightened(bands)
+    band, span, first, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], q_spans)
+    begin = q_spans[:, START].take(span)
+    starts = np.maximum(bands[:, K0].take(band), begin + first + bands[:, LO].take(band))
+    stops = np.minimum(bands[:, K1].take(band), begin + stop + bands[:, HI].take(band))
+    ranks, starts, stops = merged(q_spans[:, RANK].take(span), starts, stops)
+    run, span, first, stop = cut_by_spans(starts, stops, k_spans)
+    return np.stack([ranks.take(run), k_spans[:, LOCAL].take(span) + first, stop - first], axis=1)
 
 
 def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
