@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from cphandler import (
     Balanced,
@@ -33,6 +34,7 @@ from cphandler import (
     SlidingWindow,
     clear_plan_cache,
     get_cp_handler_cls,
+    pack_documents,
     plan_batch,
 )
 from cphandler.attention import plans as attention_plans
@@ -442,6 +444,46 @@ def test_planned_in_another_process(
     ranks: RankPool, sent: dict[str, bytes], backend: str, comm_type: str, mask: Mask, makes: int
 ) -> None:
     ranks.run(attended, replace(PLANNED, backend=backend, mask=mask), sent[comm_type], makes)
+
+
+class Packs(Dataset[Any]):
+    """Packs that are planned where they are made."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = pack_documents([torch.arange(n) for n in (index + 5, 9, 3)])
+        return batch | {"plan": plan_batch(batch["cu_seqlens"], 3, layout="balanced", ranks=(2,))}
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_packs_are_planned_by_the_workers_of_a_data_loader(made: list[str]) -> None:
+    """By forked ones, while another thread has the cache locked: a worker begins with locks of its own."""
+    first = used(handler_of((5, 9, 3), rank=2, layout="balanced"))
+    with caches.cache._lock:
+        loader = iter(DataLoader(Packs(), batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    for index, batch in enumerate(loader):
+        clear_plan_cache()
+        made.clear()
+        plan = batch.pop("plan")
+        assert plan.ranks == (2,)
+        cls = get_cp_handler_cls("p2p")
+        handler = cls(cp_group=Seat(3, 2), qkv_format="thd", cu_seqlens_q=batch["cu_seqlens"], layout=plan)
+        got = used(handler)
+        assert not {"make_plan", "visible_bands", "stream_bands"} & set(made)
+        same(got, used(handler_of((index + 5, 9, 3), rank=2, layout="balanced")))
+        if index == 0:
+            same(got, first)
+
+
+def test_a_forked_process_begins_anew() -> None:
+    small = BatchCache()
+    handler = handler_of()
+    batch = small.keep("key", caches.Batch(handler.shards.queries, handler.shards.keys, handler.shards.memo))
+    with small._lock:
+        small.after_fork()
+        assert small.find("key") is None
+        assert small.keep("key", batch) is batch
 
 
 def test_plans_of_some_ranks_travel() -> None:

@@ -108,8 +108,12 @@ class BatchCache:
             return batch
 
     def after_fork(self) -> None:
-        """A lock that another thread held when the process forked is nobody's in the child."""
-        self._lock = Lock()
+        """Begin anew in a forked process: locks may be held there by threads that it has not.
+
+        What was kept stays where it is, since tensors on a device must not be freed by a child.
+        """
+        self._left = self._kept
+        self._kept, self._lock = OrderedDict(), Lock()
 
 
 cache = BatchCache()
