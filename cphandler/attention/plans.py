@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,9 @@ class Plans:
         kind = get_exchange(exchange) if exchange else None
         self._needs: Needs = kind.needs if kind else "tasks"
         ordered = bool(ordered and kind and kind.gathers)
-        self._key = plan_key(layouts, rank, self._needs, ordered=ordered)
+        own = layouts[0] is pair.queries.layout and layouts[1] is pair.keys.layout
+        over = OWN if own else tuple(layout.fingerprint for layout in layouts)
+        self._key: Hashable = (over, rank, self._needs, ordered)
         self._cut = pair.memo.get(("cut", self._key), lambda: _cut(layouts, pair.queries.copies, ordered=ordered))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plans:
@@ -115,9 +118,8 @@ def _cut(layouts: tuple[Layout, Layout], copies: int, *, ordered: bool) -> _Cut:
     return _Cut(queries, contiguous(np.array([0, keys.num_tokens], dtype=np.int64), 1), keys.inverse)
 
 
-def plan_key(layouts: tuple[Layout, Layout], rank: int, needs: Needs, *, ordered: bool = False) -> tuple[object, ...]:
-    """What tells a rank's plans over two layouts from others of one batch, but for the mask."""
-    return (*(layout.fingerprint for layout in layouts), rank, needs, ordered)
+OWN = "own"
+"""In the name of a plan: over the shards' layouts as they are."""
 
 
 def take_ahead(pair: ShardPair, planned: BatchPlan, rank: int) -> None:
@@ -133,6 +135,5 @@ def take_ahead(pair: ShardPair, planned: BatchPlan, rank: int) -> None:
         return
     pair.memo.get(("bands", mask), lambda: planned.bands)
     if rank in planned.ranks:
-        layouts = planned.layout, planned.layout
-        key = plan_key(layouts, rank, COMM_TYPES[planned.cp_comm_type])
+        key: Hashable = (OWN, rank, COMM_TYPES[planned.cp_comm_type], False)
         pair.memo.get(("ahead", key, mask), lambda: planned.plan(rank))
