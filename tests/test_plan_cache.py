@@ -46,7 +46,7 @@ from cphandler.sharding import shard
 from cphandler.sharding.cache import BatchCache
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch, Case, draw, group_of, make_handler
-from tests.test_copies import compare, expected, run
+from tests.test_copies import COPIED, compare, expected, run
 from tests.test_errors import Seat
 
 LENGTHS = (13, 3, 6, 1, 9)
@@ -379,6 +379,40 @@ def test_plan_makes_nothing_twice_and_sends_nothing(made: list[str]) -> None:
         handler.plan(PerDocument((Causal(),)))
     with pytest.raises(InvalidValueError, match="unknown mask"):
         handler.plan("causual")
+
+
+def planned_first(case: Case) -> None:
+    """What plan() makes is what calls need: they make no plan of their own, and are right."""
+    group, seed = group_of(case)
+    if seed < 0:
+        return
+    clear_plan_cache()
+    handler = make_handler(case, group)
+    handler.plan()
+    handler.plan("full")
+    count, real = [0], attention_plans.make_plan
+
+    def counted(*given: Any, **named: Any) -> Any:
+        count[0] += 1
+        return real(*given, **named)
+
+    data = draw(case, seed)
+    attention_plans.make_plan = counted
+    try:
+        compare(run(handler, data), expected(handler, case, data), f"{case} after plan()")
+        x = handler.dispatch(data.query, handler.seq_dim)
+        keys = [handler.dispatch(x, handler.seq_dim, stream="kv") for x in (data.key, data.value)]
+        handler.core_attn(None, x, *keys, mask="full", layer_number=1)
+    finally:
+        attention_plans.make_plan = real
+    assert count == [0]
+    clear_plan_cache()
+    compare(run(handler, data), expected(handler, case, data), f"{case} after the cache was cleared")
+
+
+@pytest.mark.parametrize("case", COPIED, ids=str)
+def test_planned_before_the_first_call(ranks: RankPool, case: Case) -> None:
+    ranks.run(planned_first, replace(case, kernel="auto"))
 
 
 IN_A_WORKER = """
