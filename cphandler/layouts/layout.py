@@ -213,11 +213,19 @@ class Layout:
 
     @cached_property
     def _plain(self) -> Table | None:
-        """The one table of all ranks; None where spans interleave."""
-        merged = self._numbered(range(self.cp_size))
-        if self.replicated or (merged[:, STRIDE] != 1).any():
+        """The one table of all ranks, column by column in memory, as it is read; None where spans interleave."""
+        spans = np.concatenate(self.spans)
+        if self.replicated or (spans[:, STRIDE] != 1).any():
             return None
-        return frozen(merged.take(np.argsort(merged[:, START]), axis=0))
+        order = np.argsort(spans[:, START])
+        ranks = np.repeat(np.arange(self.cp_size, dtype=np.int64), [len(own) for own in self.spans])
+        columns = np.empty((5, len(spans)), dtype=np.int64)
+        for column in range(RANK):
+            columns[column] = spans[:, column].take(order)
+        columns[RANK] = ranks.take(order)
+        columns.setflags(write=False)
+        result: Table = columns.T
+        return result
 
     def tables(self, ranks: Sequence[int] | None = None) -> Iterator[Table]:
         """Span tables ``(start, length, stride, local, rank)`` of the ranks; the spans of a table do not interleave.

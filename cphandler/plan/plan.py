@@ -24,6 +24,7 @@ from cphandler.tokens.intervals import (
     Flags,
     Narrow,
     Table,
+    chosen,
     frozen,
     merged,
     narrowed,
@@ -189,7 +190,7 @@ def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, needs: 
 def _ordered(tasks: Table, turn: Table) -> Table:
     """Tasks by the turn of their owner, then by query and key rows."""
     order = sorting(turn[tasks[:, OWNER]] - turn.min(initial=0), tasks[:, Q], tasks[:, K])
-    return tasks.take(order, axis=0)
+    return chosen(tasks, order)
 
 
 def ring_hops(sees: Flags) -> Table:
@@ -246,6 +247,6 @@ def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:
     )
     before = offsets_of(receives[:, LENGTH])[:-1]
     block = before[np.searchsorted(receives[:, STAGE], receives[:, STAGE], "left")]  # rows of the stages before
-    result: Table = tasks.copy()
+    result: Table = tasks.copy(order="K")
     result[remote, K] += (before - block - receives[:, START])[run - 1]
     return result

@@ -14,7 +14,7 @@ import numpy as np
 
 from cphandler.layouts.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout, cut_by_spans
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
-from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, expand, merged, sorting, table
+from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, chosen, expand, merged, sorting, table
 
 OWNER, Q, NQ, K, NK, TASK_LO, TASK_HI = range(7)
 """Columns of a task table: the rank that owns the keys, query rows ``[q, q + nq)`` of the rank that computes, key rows
@@ -60,7 +60,9 @@ class Pieces(NamedTuple):
 def query_pieces(bands: Table, queries: Table) -> Pieces:
     """Bands cut by spans that do not interleave; every row of a piece sees a key, and at stride 1 every key is seen."""
     band, span, first, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], queries)
-    spans, pieces = queries.take(span, axis=0), bands.take(band, axis=0)
+    spans, pieces = np.empty((len(span), 5), dtype=np.int64), bands.take(band, axis=0)
+    for column in range(5):
+        spans[:, column] = queries[:, column].take(span)
     start, stride = spans[:, START], spans[:, STRIDE]
     starts, stops = start + first * stride, start + (stop - 1) * stride + 1
     pieces[:, Q0], pieces[:, Q1] = starts, stops
@@ -84,7 +86,7 @@ def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
     """
     piece, span, k_first, k_stop = cut_by_spans(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
     bands, spans, first = pieces.bands, pieces.spans, pieces.first
-    tasks = np.empty((len(piece), 7), dtype=np.int64)
+    tasks = np.empty((7, len(piece)), dtype=np.int64).T  # column by column in memory, as all that follows reads it
     tasks[:, OWNER] = key_spans[:, RANK].take(span)
     tasks[:, Q] = (spans[:, LOCAL] + first).take(piece)
     tasks[:, NQ] = nq = (pieces.stop - first).take(piece)
@@ -100,9 +102,9 @@ def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
     ranks = spans[:, RANK].take(piece)
     if not len(cut_off):
         return tasks, ranks
-    tasks[cut_off] = _trimmed(tasks.take(cut_off, axis=0), lo.take(cut_off), hi.take(cut_off))
+    tasks[cut_off] = _trimmed(chosen(tasks, cut_off), lo.take(cut_off), hi.take(cut_off))
     some = (tasks[:, NQ] > 0) & (tasks[:, NK] > 0)
-    return (tasks, ranks) if some.all() else (tasks[some], ranks[some])
+    return (tasks, ranks) if some.all() else (chosen(tasks, np.flatnonzero(some)), ranks[some])
 
 
 def _trimmed(tasks: Table, lo: Table, hi: Table) -> Table:
@@ -150,7 +152,7 @@ def coalesced(tasks: Table) -> Table:
 
 def _sorted(tasks: Table, first: int, second: int) -> Table:
     order = sorting(tasks[:, OWNER], tasks[:, first], tasks[:, second])
-    return tasks.take(order, axis=0)
+    return chosen(tasks, order)
 
 
 def _same(tasks: Table, *columns: int) -> Flags:
@@ -187,7 +189,7 @@ def _joined_rows(tasks: Table, start: int, length: int, other: int, other_length
     if not joins.any():
         return tasks
     first = np.flatnonzero(~joins)
-    joined: Table = tasks.take(first, axis=0)
+    joined = chosen(tasks, first)
     joined[:, length] = np.add.reduceat(tasks[:, length], first)
     return joined
 
@@ -208,7 +210,9 @@ def _joined_prefix(tasks: Table) -> Table:
     tasks[right, K] -= before
     tasks[right, NK] += before
     tasks[right, TASK_HI] += before
-    return np.delete(tasks, right - 1, axis=0)
+    kept = np.ones(len(tasks), dtype=bool)
+    kept[right - 1] = False
+    return chosen(tasks, np.flatnonzero(kept))
 
 
 def _joined_diagonal(tasks: Table) -> Table:
@@ -232,7 +236,7 @@ def _joined_diagonal(tasks: Table) -> Table:
     if not joins.any():
         return tasks
     first = np.flatnonzero(~joins)
-    joined: Table = tasks.take(first, axis=0)
+    joined = chosen(tasks, first)
     joined[:, NQ] = np.add.reduceat(tasks[:, NQ], first)
     joined[:, NK] = np.maximum.reduceat(tasks[:, NK], first)
     return joined
