@@ -11,7 +11,8 @@ it compares two layouts on a caller's own document lengths::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -50,7 +51,7 @@ def plan_batch(
     cu_seqlens_padded: Offsets | None = None,
     cp_comm_type: str = "p2p",
     tile: int | None = None,
-    ranks: Iterable[int] | Literal["all"] = (),
+    ranks: Sequence[int] | AbstractSet[int] | Literal["all"] = (),
 ) -> BatchPlan:
     """Plan a packed batch for a number of ranks, on any process and with no communication.
 
@@ -116,15 +117,15 @@ def _checked_comm_type(cp_comm_type: object) -> str:
     return comm_type
 
 
-def _wanted(ranks: Iterable[int] | str, cp_size: int) -> Iterable[int]:
+def _wanted(ranks: Sequence[int] | AbstractSet[int] | str, cp_size: int) -> Iterable[int]:
     """The ranks whose plans are asked for."""
     if isinstance(ranks, str) and ranks.strip().lower() == "all":
         return range(cp_size)
-    if isinstance(ranks, str) or not isinstance(ranks, Iterable):
-        raise InvalidTypeError(
-            "ranks must be numbers of ranks", got=repr(ranks), fix='pass (rank,) for one, "all" for all of them'
-        )
-    return ranks
+    if isinstance(ranks, (Sequence, AbstractSet)) and not isinstance(ranks, (str, bytes)):
+        return ranks
+    raise InvalidTypeError(
+        "ranks must be numbers of ranks", got=repr(ranks), fix='pass (rank,) for one, "all" for all of them'
+    )
 
 
 @dataclass(frozen=True, eq=False)
