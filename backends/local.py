@@ -5,9 +5,9 @@ from __future__ import annotations
 from cphandler.attention.attention import Attention
 from cphandler.attention.capabilities import COMMON, Capabilities
 from cphandler.errors import InvalidValueError
+from cphandler.handler.contract import AskedLayout
 from cphandler.handler.layout_handler import LayoutHandler
 from cphandler.layouts.layout import LAYOUTS
-from cphandler.layouts.placement import LayoutSpec
 
 
 class WholeAttention(Attention):
@@ -24,7 +24,7 @@ class LocalHandler(LayoutHandler):
     capabilities = Capabilities(layouts=LAYOUTS, features=COMMON | {"own_attention"})
     attention_cls = WholeAttention
 
-    def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
+    def prepare(self, layout: AskedLayout) -> None:
         """Refuse more than one rank.
 
         Raises:

@@ -9,12 +9,18 @@ from cphandler.attention.head_parallel import HeadParallel
 from cphandler.attention.loop import AttentionResult
 from cphandler.handler.layout_handler import LayoutHandler
 from cphandler.layouts.layout import LAYOUTS
+from cphandler.tokens.masks import Mask
 
 
 class UlyssesAttention(Attention):
     """Heads for tokens, attention over whole documents, and tokens for heads."""
 
     whole = True
+
+    def plan(self, mask: Mask) -> None:
+        """Also the order of all ranks' rows; see :meth:`Attention.plan`."""
+        super().plan(mask)
+        HeadParallel.over(self.host.ranks, self.host.shards, self.host.device)
 
     def compute(self, call: AttentionCall) -> AttentionResult:
         """See :meth:`Attention.compute`."""

@@ -6,16 +6,18 @@ time to plan. The least that must travel stands beside it; a number that misses 
 
     python -m benchmarks.planning                                   # the packs that are kept
     python -m benchmarks.planning --seed 1 --corpus pile --ranks 8  # others, drawn the same way
-    python -m benchmarks.planning --layout zigzag --times           # planning time, up to eight million tokens
+    python -m benchmarks.planning --times                           # CPU time of handlers and their plans
+    python -m benchmarks.planning --layout zigzag --scales          # planning time, up to eight million tokens
 """
 
 from __future__ import annotations
 
+import pickle
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -24,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.packs import CORPORA, RANKS, TOKENS, Bounds, Floor, bounds, drawn, mean_floor, packs
-from cphandler import BatchPlan, Layout, PlanStats, plan_batch
+from cphandler import BatchPlan, Layout, PlanStats, clear_plan_cache, get_cp_handler_cls, plan_batch
 from cphandler.layouts.layout import make_layout
+from cphandler.plan.plan import Plan
 
 BASELINES = ("zigzag", "contiguous", "whole")
 """Layouts that others are measured against; ``whole`` is zigzag with short documents whole."""
@@ -34,6 +37,8 @@ LAYOUTS = ("balanced", *BASELINES)
 """Layouts shown where none is named."""
 
 COLUMNS = ("ranks", "layout", "volume", "worst\nrank", "area\nmean", "area\nany", "ms\nmedian", "ms\nmax")
+
+HANDLERS = ("what", "asked", "median", "least")
 
 TIMED = ("tokens", "documents", "ranks", "layout", "batch\nms", "rank\nms", "tasks", "area", "volume")
 
@@ -45,6 +50,13 @@ REPEATS = 3
 
 SHORTEST_LONG = 1 << 16
 """Where planning is timed, no document is longer than this, or a quarter of the pack: so there are many."""
+
+
+MEAN, SIGMA, SEED = 750, 1.0, 0
+"""Lengths whose handlers are timed: lognormal with this mean, deviation of the logarithm, and seed of the generator."""
+
+TRIES = 15
+"""How often each of these times is taken; the median and the least of them are shown."""
 
 
 class Quality(NamedTuple):
@@ -164,7 +176,7 @@ def empty(title: str, headers: Sequence[str]) -> Table:
     """A table without rows."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for header in headers:
-        table.add_column(header, justify="left" if header == "layout" else "right", no_wrap=True)
+        table.add_column(header, justify="left" if header in ("layout", "what") else "right", no_wrap=True)
     return table
 
 
@@ -206,6 +218,90 @@ def timed(corpus: str, scales: Sequence[tuple[int, int]], names: Sequence[str], 
     return table
 
 
+def lognormal(count: int) -> list[int]:
+    """Lengths of documents whose handlers are timed."""
+    lengths = np.random.default_rng(SEED).lognormal(np.log(MEAN) - SIGMA**2 / 2, SIGMA, count)
+    return [max(1, round(length)) for length in lengths.tolist()]
+
+
+class Seat(NamedTuple):
+    """A rank of a group that nothing is sent in."""
+
+    ranks: int
+    number: int
+
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self.ranks
+
+    def rank(self) -> int:
+        """This one."""
+        return self.number
+
+
+def milliseconds(work: Callable[[], object], *, before: Callable[[], None] | None = None) -> tuple[float, float]:
+    """Median and least CPU time of some work."""
+    spent = []
+    for _ in range(TRIES):
+        if before is not None:
+            before()
+        started = time.process_time()
+        work()
+        spent.append(1e3 * (time.process_time() - started))
+    return statistics.median(spent), min(spent)
+
+
+def handlers() -> Iterator[tuple[str, float | None, tuple[float, float]]]:
+    """What is timed of handlers and plans, the milliseconds asked of it, and those that it takes."""
+    many, fewer = ([0, *accumulate(lognormal(count))] for count in (1000, 600))
+    make: Any = get_cp_handler_cls("p2p")
+
+    def packed(offsets: list[int], ranks: int, layout: object) -> Callable[[], object]:
+        array = np.array(offsets)
+        return lambda: make(
+            cp_group=Seat(ranks, ranks // 2), qkv_format="thd", cu_seqlens_q=array, layout=layout
+        ).plan()
+
+    for layout, first in (("zigzag", 8.0), ("balanced", 20.0)):
+        work = packed(many, 8, layout)
+        yield f"1000 documents, 8 ranks, {layout}, first", first, milliseconds(work, before=clear_plan_cache)
+        yield f"1000 documents, 8 ranks, {layout}, again", 1.0, milliseconds(work)
+    sent = pickle.dumps(plan_batch(many, 8, layout="balanced", ranks=(4,)))
+    work = packed(many, 8, pickle.loads(sent))
+    yield "1000 documents, 8 ranks, from a BatchPlan", None, milliseconds(work, before=clear_plan_cache)
+    yield f"its pickle of {len(sent) / 2**20:.2f} MiB, read", None, milliseconds(lambda: pickle.loads(sent))
+    every = plan_batch(many, 8, layout="balanced", ranks="all")
+    written = milliseconds(lambda: pickle.dumps(every))
+    yield f"one with all ranks' plans, {len(pickle.dumps(every)) / 2**20:.2f} MiB, written", None, written
+    dense = lambda: make(cp_group=Seat(8, 4), max_seqlen_q=1 << 16).plan()  # noqa: E731
+    yield "a dense batch, 8 ranks, again", 0.2, milliseconds(dense)
+    yield (
+        "600 documents, 64 ranks, zigzag, first",
+        20.0,
+        milliseconds(packed(fewer, 64, "zigzag"), before=clear_plan_cache),
+    )
+    plan = plan_batch(fewer, 64).plan(32)
+    packed_plan = plan.to_tensor()
+    yield "its tasks and runs in a pass", 5.0, milliseconds(lambda: listed(Plan.from_tensor(packed_plan)))
+
+
+def listed(plan: Plan) -> int:
+    """The rows of a plan's tasks and runs, looked up as a pass does."""
+    count = sum(len(plan.tasks_of(owner)) for owner in range(plan.cp_size))
+    return count + sum(len(plan.runs(stage, sent=sent)) for stage in range(len(plan.stages)) for sent in (True, False))
+
+
+def timed_handlers() -> tuple[Table, int]:
+    """The table of :func:`handlers`, and how many medians are above what is asked."""
+    table, wrong = empty(f"CPU ms, lognormal lengths of mean {MEAN}, sigma {SIGMA:g}, seed {SEED}", HANDLERS), 0
+    for what, asked, (median, least) in handlers():
+        missed = asked is not None and median > asked
+        wrong += missed
+        shown = f"[bold red]{median:.2f} ![/]" if missed else f"{median:.2f}  "
+        table.add_row(what, "" if asked is None else f"{asked:g}", shown, f"{least:.2f}")
+    return table, wrong
+
+
 def main(
     *,
     corpus: Annotated[list[str] | None, typer.Option(help="Corpora; repeat for several.")] = None,
@@ -213,25 +309,29 @@ def main(
     layout: Annotated[list[str] | None, typer.Option(help="Layouts; repeat for several.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw other packs instead of those that are kept.")] = None,
     count: Annotated[int, typer.Option(help="Packs of each corpus and number of ranks.", min=1)] = 16,
-    times: Annotated[bool, typer.Option("--times", help="Time planning up to eight million tokens instead.")] = False,
+    scales: Annotated[bool, typer.Option("--scales", help="Time planning up to eight million tokens instead.")] = False,
+    times: Annotated[bool, typer.Option("--times", help="Time making handlers and their plans instead.")] = False,
 ) -> None:
     """Compare layouts; fail where one that is no baseline misses what is asked of it."""
     chosen, names = corpus or list(CORPORA), layout or list(LAYOUTS)
     unknown = [name for name in chosen if name not in CORPORA]
     if unknown:
         raise typer.BadParameter(f"--corpus takes {', '.join(CORPORA)}, got {', '.join(unknown)}")
-    if seed is None and not times and set(ranks or []) - set(RANKS):
-        raise typer.BadParameter(f"packs are kept for {', '.join(map(str, RANKS))} ranks; --seed draws for any number")
     console, wrong = Console(), 0
+    if times:
+        table, wrong = timed_handlers()
+        console.print(table)
+        chosen = []
+    elif seed is None and not scales and set(ranks or []) - set(RANKS):
+        raise typer.BadParameter(f"packs are kept for {', '.join(map(str, RANKS))} ranks; --seed draws for any number")
     for name in chosen:
-        if times:
-            scales = [scale for scale in SCALES if not ranks or scale[0] in ranks]
-            console.print(timed(name, scales, names, seed or 0))
+        if scales:
+            console.print(timed(name, [scale for scale in SCALES if not ranks or scale[0] in ranks], names, seed or 0))
             continue
         table, missed = compared(name, ranks or list(RANKS), names, seed, count)
         console.print(table)
         wrong += missed
-    if not times:
+    if chosen and not scales:
         console.print("volume, worst rank: rows received as a share of a ring's. area: most of a rank over the mean.")
     if wrong:
         console.print(f"{wrong} numbers miss what is asked")

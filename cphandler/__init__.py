@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.plan.batch_plan import BatchPlan as BatchPlan
     from cphandler.plan.batch_plan import PlanStats as PlanStats
     from cphandler.plan.batch_plan import plan_batch as plan_batch
+    from cphandler.sharding.cache import clear_plan_cache as clear_plan_cache
     from cphandler.sharding.shard import EngineShard as EngineShard
     from cphandler.sharding.shard import Fragments as Fragments
     from cphandler.tokens.documents import Documents as Documents
@@ -115,6 +116,7 @@ _MODULES: dict[str, str] = {
     "Traffic": "comm.traffic",
     "UnsupportedError": "errors",
     "available_cp_handlers": "handler.factory",
+    "clear_plan_cache": "sharding.cache",
     "connect_zero_loss": "training.losses",
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",

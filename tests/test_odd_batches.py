@@ -109,6 +109,11 @@ ROWS: dict[str, Row] = {
         lambda: {"layers": 1},
         {"layers": {"one", "five"}},
     ),
+    "plan_batch ranks": Row(
+        lambda ranks: plan_batch([0, 5, 12], 3, ranks=ranks),
+        lambda: {"ranks": (1,)},
+        {"ranks": {"an empty list", "an empty tuple", "a list"}},
+    ),
     "Layout": Row(
         Layout,
         lambda: {

@@ -335,6 +335,7 @@ ELSEWHERE = {
     "PlanStats": "made by plan_batch",
     "Traffic": "made by record_traffic",
     "available_cp_handlers": "takes nothing",
+    "clear_plan_cache": "takes nothing",
     "record_traffic": "takes nothing",
     "register_cp_handler": "with the registries",
     "register_exchange": "with the registries",

@@ -85,4 +85,4 @@ def test_the_script() -> None:
     assert "asked" in kept
     assert "1.000 !" in kept
     assert "3 packs of seed 5" in run("--ranks", "3", "--count", "3", "--seed", "5")
-    assert "1048576" in run("--ranks", "8", "--times", "--layout", "contiguous")
+    assert "1048576" in run("--ranks", "8", "--scales", "--layout", "contiguous")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ from cphandler.comm import collectives
 from cphandler.comm.groups import CPGroup
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidValueError, UnsupportedError
-from cphandler.kernels import check_kernel_name, get_kernel
+from cphandler.kernels import check_kernel_name, get_kernel, likely_kernel
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.shard import ShardPair, device_copy
@@ -38,6 +39,7 @@ class Host(Protocol):
     shards: ShardPair
     queries: StreamMetadata
     keys: StreamMetadata
+    device: torch.device
 
     @property
     def qkv_format(self) -> Any:
@@ -156,14 +158,11 @@ class Attention:
         host = self.host
 
         def check() -> AttentionCall:
-            padded = host.shards.keys.padded_rows
-            batch = None if padded is None else padded.num_documents
-            rows = host.shards.queries.num_local_tokens, host.shards.keys.num_local_tokens
             call = AttentionCall.of(
                 attn_mod,
                 tensors,
                 options=AttentionOptions.checked(options),
-                rules=TensorRules(host.qkv_format, rows, batch, host.explain_length),
+                rules=self._rules,
                 mask=host.mask,
                 config=host.config,
             )
@@ -175,6 +174,14 @@ class Attention:
             return call
 
         return host.agreed("core_attn", check, lambda call: f"{call.describe()}, {host.shown_mask(call.mask)}")
+
+    @cached_property
+    def _rules(self) -> TensorRules:
+        shards = self.host.shards
+        padded = shards.keys.padded_rows
+        batch = None if padded is None else padded.num_documents
+        rows = shards.queries.num_local_tokens, shards.keys.num_local_tokens
+        return TensorRules(self.host.qkv_format, rows, batch, self.host.explain_length)
 
     def _check_capabilities(self, call: AttentionCall) -> None:
         features = list(call.options.features)
@@ -202,9 +209,26 @@ class Attention:
                 if x is not None:
                     check_no_tangent(x, "core_attn")
 
+    def plan(self, mask: Mask) -> None:
+        """Make, or find, the plan of a mask, for the kernel that calls are likely to take; nothing is sent.
+
+        Args:
+            mask: who sees whom.
+
+        Raises:
+            InvalidValueError: a mask that does not fit the documents.
+            UnsupportedError: a mask or a layout that no plan can be made of.
+        """
+        kernel = likely_kernel(self.host.config.kernel, self.host.device.type)
+        plans = self._plans_for(kernel.takes_prefix)
+        plans.plan(mask)
+        plans.places(self.host.device)
+
     def plans(self, call: AttentionCall) -> Plans:
         """The plans of a call's attention; made once per batch."""
-        ordered = get_kernel(call.kernel, call.q.device.type).takes_prefix
+        return self._plans_for(get_kernel(call.kernel, call.q.device.type).takes_prefix)
+
+    def _plans_for(self, ordered: bool) -> Plans:
         if ordered not in self._plans:
             self._plans[ordered] = self.make_plans(ordered)
         return self._plans[ordered]
@@ -231,13 +255,16 @@ class Attention:
         """
         q, k, v = call.q, call.k, call.v
         batch, rows, heads = q.shape[:3]
-        if self.host.shards.keys.padded_rows is not None:  # rows of a batch with padding are laid end to end
+        padded = self.host.shards.keys.padded_rows is not None
+        if padded:  # rows of a batch with padding are laid end to end
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
         plan, scalars, indices = self._prepared(call, q.device)
         out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
         self.host.watched(out)
         largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
-        return AttentionResult(out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads), largest)
+        if padded:
+            out, lse = out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads)
+        return AttentionResult(out, lse, largest)
 
     @untraced
     def _prepared(self, call: AttentionCall, device: torch.device) -> tuple[Tensor, Scalars, Indices]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cphandler.attention.loop import AttentionResult
@@ -17,6 +18,18 @@ from cphandler.kernels import select_kernel
 from cphandler.tensors import where_rows_are
 from cphandler.tokens.masks import Mask, make_mask
 
+MOST_SIGNATURES = 64
+"""Kinds of tensors that a handler remembers to have found right."""
+
+
+def _signature(tensors: tuple[Tensor, Tensor, Tensor]) -> Hashable | None:
+    """All that the checks of plain tensors look at, and the choice of a kernel; None for what is not just a tensor."""
+    for x in tensors:
+        if type(x) is not Tensor or x.layout is not torch.strided or x.is_nested:
+            return None
+    q, k, v = tensors
+    return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+
 
 @dataclass(frozen=True)
 class TensorRules:
@@ -27,12 +40,32 @@ class TensorRules:
         local_tokens: rows of this rank, of queries and of keys.
         batch: rows of the batch where the handler knows them (key-padding mask), else None.
         explain: what a wrong length, given the right one and the stream, probably means.
+        passed: signatures of tensors that were found right, and the kernels chosen for them, by what was asked.
     """
 
     qkv_format: str
     local_tokens: tuple[int, int]
     batch: int | None
     explain: Callable[..., str]
+    passed: dict[Hashable, dict[Hashable, str]] = field(default_factory=dict)
+
+    def kernels_for(self, tensors: tuple[Tensor, Tensor, Tensor]) -> dict[Hashable, str]:
+        """The kernels that were chosen for tensors like these, once they have been checked: as every layer has them.
+
+        Raises:
+            InvalidTypeError: see :meth:`check`.
+            InvalidValueError: see :meth:`check`.
+        """
+        signature = _signature(tensors)
+        known = None if signature is None else self.passed.get(signature)
+        if known is not None:
+            return known
+        self.check(*tensors)
+        if signature is None:
+            return {}
+        if len(self.passed) >= MOST_SIGNATURES:
+            self.passed.clear()
+        return self.passed.setdefault(signature, {})
 
     def check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Raise what is wrong with the three tensors.
@@ -163,7 +196,7 @@ class AttentionCall(NamedTuple):
             InvalidValueError: see :meth:`TensorRules.check`, sinks of another shape, or dropout without a seed.
             UnsupportedError: see :func:`select_kernel`.
         """
-        rules.check(*tensors)
+        kernels = rules.kernels_for(tensors)
         core = attn_mod if isinstance(attn_mod, CoreAttention) else None
         module = attn_mod if core is None else None
         if module is not None and not callable(module):
@@ -183,8 +216,11 @@ class AttentionCall(NamedTuple):
             )
         scale = float(q.shape[-1]) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
         chosen = mask if options.mask is None else make_mask(options.mask)
-        asked = {"softcap": options.softcap is not None, "dropout": bool(options.dropout_p)}
-        name = select_kernel(config.kernel, q, k, v, deterministic=config.deterministic, **asked)
+        softcap, dropout = options.softcap is not None, bool(options.dropout_p)
+        name = kernels.get((softcap, dropout))
+        if name is None:
+            asked = {"deterministic": config.deterministic, "softcap": softcap, "dropout": dropout}
+            name = kernels[softcap, dropout] = select_kernel(config.kernel, q, k, v, **asked)
         form = rules.qkv_format
         return cls(q, k, v, module, chosen, scale, name, form, options, core, options.sinks, 0, ())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -126,12 +127,14 @@ class InnerUnions:
 
     def __init__(self, pair: ShardPair, levels: TwoLevels) -> None:
         self._pair, self._levels = pair, levels
-        self._orders: dict[tuple[int, torch.device], SequenceOrder] = {}
 
     def plans(self, exchange: str) -> Plans:
         """Attention between the unions, over the outer group."""
         outer, size = self._levels.outer, self._levels.inner.size
-        queries, keys = (shard.layout.merged(size) for shard in (self._pair.queries, self._pair.keys))
+        queries, keys = (
+            shard.memo.get(("merged", size), partial(shard.layout.merged, size))
+            for shard in (self._pair.queries, self._pair.keys)
+        )
         return Plans(self._pair, (queries, keys), outer.rank, exchange if outer.size > 1 else "", outer.name)
 
     @untraced
@@ -145,13 +148,14 @@ class InnerUnions:
         return HeadParallel(self._levels.inner, queries, keys, self._pair.queries.pads(device))
 
     def _order(self, shard: Shard, device: torch.device) -> SequenceOrder:
-        key = id(shard), device
-        if key not in self._orders:
-            size = self._levels.inner.size
-            first = self._levels.outer.rank * size
+        size = self._levels.inner.size
+        first = self._levels.outer.rank * size
+
+        def order() -> SequenceOrder:
             held = np.concatenate([shard.layout.positions(rank) for rank in range(first, first + size)])
-            self._orders[key] = _ascending(held, device)
-        return self._orders[key]
+            return _ascending(held, device)
+
+        return shard.memo.on(("union", first, size), device, order)
 
 
 def _ascending(tokens: Table, device: torch.device) -> SequenceOrder:

@@ -10,6 +10,7 @@ from cphandler.attention.attention import Attention, Host
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.options import OptionalArguments
 from cphandler.errors import InvalidValueError
+from cphandler.tokens.masks import Mask
 
 
 class LayeredAttention(Attention):
@@ -25,6 +26,11 @@ class LayeredAttention(Attention):
     def __init__(self, host: Host, name: str, capabilities: Capabilities, layers: list[Attention]) -> None:
         super().__init__(host, name, capabilities)
         self._layers = layers
+
+    def plan(self, mask: Mask) -> None:
+        """:meth:`Attention.plan` of each algorithm."""
+        for layer in dict.fromkeys(self._layers):
+            layer.plan(mask)
 
     def __call__(self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Any:
         """The layer's own :meth:`Attention.__call__`."""

@@ -199,6 +199,12 @@ def _unpacked(packed: Tensor) -> _PlanInUse:
     return known
 
 
+def bytes_kept_with(packed: Tensor) -> int:
+    """Bytes of the tables on devices that are kept with a packed plan."""
+    known: _PlanInUse | None = _in_use.get(packed)
+    return 0 if known is None else sum(table.nbytes for kept in (known.rows, known.masks) for table in list(kept))
+
+
 def attention(
     q: Tensor,
     k: Tensor,

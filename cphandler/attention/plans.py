@@ -1,17 +1,22 @@
-"""The plans of one exchange over the layouts of queries and keys, one for each mask, made once."""
+"""The plans of one exchange over the layouts of queries and keys, one for each mask, made once for a batch."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cphandler.attention.exchange import get_exchange
+from cphandler.attention.loop import bytes_kept_with
 from cphandler.layouts.layout import Layout, contiguous
-from cphandler.plan.plan import Needs, make_plan
+from cphandler.plan.batch_plan import COMM_TYPES, BatchPlan
+from cphandler.plan.plan import Needs, Plan, make_plan
 from cphandler.sharding.shard import ShardPair, device_copy
 from cphandler.tokens.intervals import Table
-from cphandler.tokens.masks import Mask
+from cphandler.tokens.masks import Mask, is_value
 
 
 class Plans:
@@ -37,25 +42,27 @@ class Plans:
         *,
         ordered: bool = False,
     ) -> None:
-        queries, keys = (layout.stack(pair.queries.copies) for layout in layouts)
         self.exchange = exchange
         self.group_name = group_name
         self._pair, self._rank = pair, rank
         kind = get_exchange(exchange) if exchange else None
         self._needs: Needs = kind.needs if kind else "tasks"
-        self._places: Table | None = None
-        if kind and kind.gathers and ordered and keys.strides <= {1}:  # others keep the stride that tasks need
-            self._places = keys.inverse
-            keys = contiguous(np.array([0, keys.num_tokens], dtype=np.int64), 1)
-        self._layouts = queries, keys
-        self._plans: dict[Mask, Tensor] = {}
-        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
+        ordered = bool(ordered and kind and kind.gathers)
+        own = layouts[0] is pair.queries.layout and layouts[1] is pair.keys.layout
+        over = OWN if own else tuple(layout.fingerprint for layout in layouts)
+        self._key: Hashable = (over, rank, self._needs, ordered)
+        self._cut = pair.memo.get(("cut", self._key), lambda: _cut(layouts, pair.queries.copies, ordered=ordered))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plans:
+        """Itself: it never changes."""
+        return self
 
     @classmethod
     def whole(cls, pair: ShardPair) -> Plans:
         """All tokens of both streams, in global order, on this rank."""
-        queries, keys = (contiguous(shard.documents.offsets, 1) for shard in (pair.queries, pair.keys))
-        return cls(pair, (queries, keys), 0)
+        shards = pair.queries, pair.keys
+        layouts = pair.memo.get("whole", lambda: tuple(contiguous(shard.documents.offsets, 1) for shard in shards))
+        return cls(pair, (layouts[0], layouts[1]), 0)
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -64,29 +71,69 @@ class Plans:
 
     def plan(self, mask: Mask) -> Tensor:
         """The packed plan under a mask."""
-        if mask not in self._plans:
-            made = make_plan(self._pair.visible_bands(mask), *self._layouts, self._rank, needs=self._needs)
-            self._plans[mask] = made.to_tensor()
-        return self._plans[mask]
+        memo = self._pair.memo_of(mask)
+
+        def packed() -> Tensor:
+            ahead: Plan | None = memo.find(("ahead", self._key, mask))
+            queries, keys, _ = self._cut
+            bands = self._pair.visible_bands(mask)
+            made = make_plan(bands, queries, keys, self._rank, needs=self._needs) if ahead is None else ahead
+            return made.to_tensor()
+
+        return memo.get(("plan", self._key, mask), packed, size=bytes_kept_with)
 
     def places(self, device: torch.device) -> Tensor | None:
         """Where each global token lies in the gathered rows; None where they stay as they come."""
-        if self._places is None:
+        places = self._cut.places
+        if places is None:
             return None
-        return self._cached("places", self._places, device)
+        return self._pair.memo.on(("places", self._key), device, lambda: device_copy(places, device))
 
     def positions(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Global token of each query row ``[L]`` and of each owner's key rows ``[owners, M]``; -1 for a pad row.
 
         Tokens count through all rows of the batch.
         """
-        queries, keys = self._layouts
-        everyone = np.stack([keys.positions(rank) for rank in range(keys.cp_size)])
-        mine = queries.positions(self._rank)
-        return self._cached("queries", mine, device), self._cached("keys", everyone, device)
 
-    def _cached(self, name: str, values: Table, device: torch.device) -> Tensor:
-        key = name, device
-        if key not in self._tensors:
-            self._tensors[key] = device_copy(values, device)
-        return self._tensors[key]
+        def copies() -> tuple[Tensor, Tensor]:
+            queries, keys, _ = self._cut
+            everyone = np.stack([keys.positions(rank) for rank in range(keys.cp_size)])
+            return device_copy(queries.positions(self._rank), device), device_copy(everyone, device)
+
+        return self._pair.memo.on(("positions", self._key), device, copies)
+
+
+class _Cut(NamedTuple):
+    """What a plan is made over: layouts of all rows of the batch, and the order that gathered keys are put in."""
+
+    queries: Layout
+    keys: Layout
+    places: Table | None
+
+
+def _cut(layouts: tuple[Layout, Layout], copies: int, *, ordered: bool) -> _Cut:
+    queries, keys = (layout.stack(copies) for layout in layouts)
+    if not ordered or not keys.strides <= {1}:  # others keep the stride that tasks need
+        return _Cut(queries, keys, None)
+    return _Cut(queries, contiguous(np.array([0, keys.num_tokens], dtype=np.int64), 1), keys.inverse)
+
+
+OWN = "own"
+"""In the name of a plan: over the shards' layouts as they are."""
+
+
+def take_ahead(pair: ShardPair, planned: BatchPlan, rank: int) -> None:
+    """Let a pair have the bands of a batch that was planned ahead, and the plan of a rank where that was made.
+
+    Args:
+        pair: cut by the batch's layout.
+        planned: a plan of the same documents.
+        rank: this rank.
+    """
+    mask = planned.mask
+    if not is_value(mask):
+        return
+    pair.memo.get(("bands", mask), lambda: planned.bands)
+    if rank in planned.ranks:
+        key: Hashable = (OWN, rank, COMM_TYPES[planned.cp_comm_type], False)
+        pair.memo.get(("ahead", key, mask), lambda: planned.plan(rank))

@@ -17,6 +17,7 @@ from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
+from cphandler.plan.batch_plan import BatchPlan
 from cphandler.sharding.dispatch import DispatchGrad, GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
 from cphandler.sharding.shard import Fragments, ShardFacts, device_copy
@@ -37,6 +38,9 @@ Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
 
 FreqsMode: TypeAlias = Literal["per_document", "packed"]
 """Whether a rope table counts positions from each document's start, or has one row per packed token."""
+
+AskedLayout: TypeAlias = "LayoutSpec | BatchPlan | tuple[LayoutSpec, LayoutSpec] | None"
+"""What a caller may give as ``layout=``."""
 
 
 class ContextParallelHandler(ABC):
@@ -71,7 +75,8 @@ class ContextParallelHandler(ABC):
             for each document (``PerDocument((m0, m1))``) has them for the rows of the batch.
         layout: a name (``"zigzag"``, ``"contiguous"``, ``"striped"``, ``"balanced"``, ``"replicated"``), a
             :class:`Balanced` mix of masks, a :class:`Layout`, or None for the class's default; a pair of them for the
-            two streams of cross attention.
+            two streams of cross attention. A :class:`BatchPlan` of this batch is its layout, and what else it holds is
+            not made again.
         config: settings that do not change from batch to batch.
 
     Raises:
@@ -102,7 +107,7 @@ class ContextParallelHandler(ABC):
         cross_attention: bool | None = None,
         local_cp_size: int | None = None,
         mask: str | Mask = "causal",
-        layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None = None,
+        layout: AskedLayout = None,
         config: CPConfig | None = None,
     ) -> None:
         self.config = CPConfig() if config is None else config
@@ -137,7 +142,7 @@ class ContextParallelHandler(ABC):
         self.device = self._device(cu_seqlens_q, key_padding_mask, position_ids)
         self.prepare(layout)
 
-    def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
+    def prepare(self, layout: AskedLayout) -> None:
         """Build what follows from the checked metadata; called once, at the end of construction.
 
         Args:
@@ -147,6 +152,23 @@ class ContextParallelHandler(ABC):
             raise UnsupportedError(
                 f"{type(self).__name__} brings its own layout", got=repr(layout), fix="pass layout=None"
             )
+
+    def plan(self, mask: str | Mask | None = None) -> None:
+        """Make, or find, what attention under a mask needs, so that the first call under it does not wait for it.
+
+        A loop calls it early, on any thread, while the device computes. Nothing is sent, and nothing depends on it:
+        :meth:`core_attn` plans by itself what was not planned. A class that leaves planning to its engine does nothing.
+
+        Args:
+            mask: as the ``mask`` option of :meth:`core_attn`; None for the handler's own.
+
+        Raises:
+            InvalidTypeError: neither a name nor a mask.
+            InvalidValueError: a mask that does not fit the documents.
+            UnsupportedError: a mask, or a layout, that this class does not serve.
+        """
+        if mask is not None:
+            make_mask(mask)
 
     def _checked_positions(self, position_ids: PositionIds, name: str = "position_ids") -> Table:
         rows = None if self.queries.padded_rows is None else self.queries.padded_rows.num_documents

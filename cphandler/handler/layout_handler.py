@@ -12,11 +12,14 @@ from torch import Tensor
 from cphandler.attention.attention import Attention
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.options import OptionalArguments
+from cphandler.attention.plans import take_ahead
 from cphandler.comm.consistency import Consistency, digest, kind_of, shortened, shown
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
-from cphandler.handler.contract import ContextParallelHandler, FreqsMode, check_stream
+from cphandler.handler.contract import AskedLayout, ContextParallelHandler, FreqsMode, check_stream
 from cphandler.layouts.layout import Layout
-from cphandler.layouts.placement import LayoutSpec, place
+from cphandler.layouts.placement import LayoutSpec
+from cphandler.plan.batch_plan import BatchPlan
+from cphandler.sharding.cache import Seat, cut_batch
 from cphandler.sharding.dispatch import (
     DispatchGrad,
     GradMode,
@@ -31,7 +34,7 @@ from cphandler.sharding.rope import Freqs, rotate
 from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.tensors import check_no_tangent, check_plain, where_rows_are
 from cphandler.tokens.counts import checked_flag
-from cphandler.tokens.masks import Mask
+from cphandler.tokens.masks import Mask, make_mask
 from cphandler.tracing import untraced
 
 if TYPE_CHECKING:
@@ -61,21 +64,42 @@ class LayoutHandler(ContextParallelHandler):
     attention_cls: ClassVar[type[Attention]] = Attention
     """The algorithm."""
 
-    def prepare(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> None:
-        """Cut the documents by the layout, and set up attention.
+    def prepare(self, layout: AskedLayout) -> None:
+        """Cut the documents by the layout, and set up attention; what was made for an equal batch is found again.
 
         Raises:
-            InvalidTypeError: neither a name nor a Layout.
-            InvalidValueError: an unknown name, a Layout of another batch, or a mask that does not fit the documents.
+            InvalidTypeError: neither a name, a Layout nor a BatchPlan.
+            InvalidValueError: an unknown name, a Layout or BatchPlan of another batch, or a mask that does not fit the
+                documents.
             UnsupportedError: a layout or a setting this class does not serve.
         """
-        self.shards = ShardPair(*self._shards(layout))
-        self._routes: dict[tuple[str, int, torch.device], RollRoute] = {}
+        planned = layout if isinstance(layout, BatchPlan) else None
+        if isinstance(layout, BatchPlan):
+            self._check_planned(layout)
+            layout = layout.layout
+        self.shards = self._shards(layout)
+        if planned is not None:
+            take_ahead(self.shards, planned, self.cp_rank)
         self._consistency = Consistency(self.ranks, self.config)
         self.attention = self.make_attention()
         self.shards.visible_bands(self.mask)  # a mask that does not fit the batch is refused here
 
-    def _shards(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> tuple[Shard, Shard]:
+    def _check_planned(self, planned: BatchPlan) -> None:
+        """Refuse what was planned for another batch.
+
+        Raises:
+            InvalidValueError: other documents, padding or ranks; cross attention, or padded rows, which no plan has.
+        """
+        has = "cross attention" if self.is_cross_attention else "rows with padding or masks of their own"
+        if self.is_cross_attention or self.queries.padded_rows is not None:
+            raise InvalidValueError(
+                f"a BatchPlan is of one packed stream, and this batch has {has}",
+                got="a BatchPlan as layout=",
+                fix="pass its layout alone, layout=plan.layout, or leave layout out: what was planned once is kept",
+            )
+        planned.check_fits(self.queries.documents, self.cp_size)
+
+    def _shards(self, layout: LayoutSpec | tuple[LayoutSpec, LayoutSpec] | None) -> ShardPair:
         """This rank's shards of the two streams; the same object twice in self attention."""
         specs = layout if isinstance(layout, tuple) else (layout, layout)
         if len(specs) != 2 or (isinstance(layout, tuple) and not self.is_cross_attention):
@@ -84,17 +108,16 @@ class LayoutHandler(ContextParallelHandler):
                 got=repr(layout),
                 fix="pass one layout; cu_seqlens_kv or max_seqlen_kv make a key stream",
             )
-        asked = [self.default_layout if spec is None else spec for spec in specs]
-        layouts = place((asked[0], asked[1]), self.queries, self.keys, self.mask, self.cp_size, tile=self.config.tile)
-        made = []
-        for stream, placed in zip((self.queries, self.keys), layouts, strict=True):
-            self._check_one_rank(placed)
-            made.append(Shard(stream.documents, placed, self.cp_rank, stream.padded_rows, self.device))
-        if layouts[0].replicated != layouts[1].replicated:
+        first, second = (self.default_layout if spec is None else spec for spec in specs)
+        seat = Seat(self.cp_size, self.cp_rank, self.device, self.config.tile)
+        batch = cut_batch((first, second), self.queries, self.keys, self.mask, seat)
+        for shard in (batch.queries, batch.keys):
+            self._check_one_rank(shard.layout)
+        if batch.queries.layout.replicated != batch.keys.layout.replicated:
             raise UnsupportedError(
                 "one stream is replicated and the other is not", fix="use the replicated layout for both or none"
             )
-        return (made[0], made[1]) if self.is_cross_attention else (made[0], made[0])
+        return ShardPair(*batch)
 
     def _check_one_rank(self, layout: Layout) -> None:
         if self.cp_size == 1 and not layout.keeps_global_order:
@@ -130,6 +153,11 @@ class LayoutHandler(ContextParallelHandler):
     ) -> Any:
         """See :meth:`ContextParallelHandler.core_attn`."""
         return self.attention(attn_mod, (query, key, value), options)
+
+    @untraced
+    def plan(self, mask: str | Mask | None = None) -> None:
+        """See :meth:`ContextParallelHandler.plan`."""
+        self.attention.plan(self.mask if mask is None else make_mask(mask))
 
     def watched(self, x: Tensor) -> Tensor:
         """``x`` itself, whose backward pass is a call that ranks make alike; see :meth:`Consistency.watched`."""
@@ -194,8 +222,12 @@ class LayoutHandler(ContextParallelHandler):
 
     def shown_mask(self, mask: Mask) -> str:
         """A mask by its bands, which say all that matters, and by name; a caller's class may print an address."""
-        name = repr(mask) if is_dataclass(mask) else type(mask).__name__
-        return f"{shortened(name, 60)} {digest(self.shards.fingerprint(mask))}"
+
+        def in_words() -> str:
+            name = repr(mask) if is_dataclass(mask) else type(mask).__name__
+            return f"{shortened(name, 60)} {digest(self.shards.fingerprint(mask))}"
+
+        return self.shards.memo_of(mask).get(("shown", mask), in_words)
 
     def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
         """Run a check; on the first exchange, let every rank know whether it passed and whether all make one call.
@@ -344,10 +376,8 @@ class LayoutHandler(ContextParallelHandler):
         return rolled, summed(rolled) if return_sum else None
 
     def _route(self, stream: str, shifts: int, device: torch.device) -> RollRoute:
-        key = stream, shifts, device
-        if key not in self._routes:
-            self._routes[key] = roll_route(self.shards[stream], shifts, device)
-        return self._routes[key]
+        shard = self.shards[stream]
+        return shard.memo.on(("roll", shifts), device, lambda: roll_route(shard, shifts, device))
 
     def _check_rows_of_batch(self, tensor: Tensor, dim: int, stream: str) -> None:
         """With padding, what is real differs from row to row of the batch: the batch dim must be known."""

@@ -9,6 +9,7 @@ from cphandler.kernels.registry import (
     available_kernels,
     check_kernel_name,
     get_kernel,
+    likely_kernel,
     register_kernel,
     select_kernel,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "check_kernel_name",
     "get_kernel",
     "keep_mask",
+    "likely_kernel",
     "merge_attention",
     "query_states",
     "register_kernel",

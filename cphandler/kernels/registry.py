@@ -81,6 +81,21 @@ def get_kernel(name: str, device_type: str) -> Kernel:
     )
 
 
+def likely_kernel(name: str, device_type: str) -> Kernel:
+    """The kernel that calls on a device will take, as far as a name tells: for ``"auto"`` the one preferred there.
+
+    Args:
+        name: a kernel's name, or ``"auto"``.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+
+    Raises:
+        InvalidValueError: there is none of this name for the device.
+    """
+    if normal(name) == "auto":
+        name, _ = max(_on(device_type), key=_PREFERENCES.__getitem__)
+    return get_kernel(name, device_type)
+
+
 def check_kernel_name(name: str) -> None:
     """Refuse a name that no kernel has on any device.
 

@@ -12,8 +12,10 @@ The ``balanced`` layout depends on masks; :mod:`cphandler.layouts.balance` makes
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from math import lcm
 from typing import SupportsIndex
 
@@ -21,7 +23,17 @@ import numpy as np
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.tokens.counts import checked_count
-from cphandler.tokens.intervals import Table, expand, frozen, offsets_of, overlaps, table
+from cphandler.tokens.intervals import (
+    Narrow,
+    Table,
+    expand,
+    frozen,
+    narrowed,
+    offsets_of,
+    overlaps,
+    table,
+    widened,
+)
 
 START, LENGTH, STRIDE, LOCAL, RANK = range(5)
 """Columns of :meth:`Layout.tables`; a rank's own span table has the first four."""
@@ -90,6 +102,18 @@ class Layout:
         check_rows(name, max(self.num_tokens, self.num_local_tokens), self.cp_size)
         self._check_places()
 
+    @classmethod
+    def _placed(
+        cls, name: str, num_tokens: int, spans: Table, counts: Table, rows: int, *, replicated: bool = False
+    ) -> Layout:
+        """A layout whose spans are known to be right: ``[n, 4]``, rank by rank, so many of each rank."""
+        made = cls.__new__(cls)
+        made.name, made.num_tokens, made.replicated, made.num_local_tokens = name, num_tokens, replicated, rows
+        walls = offsets_of(counts).tolist()
+        spans = frozen(spans)
+        made.spans = tuple(spans[first:stop] for first, stop in pairwise(walls))
+        return made
+
     @property
     def cp_size(self) -> int:
         """Ranks P that the tokens are spread over."""
@@ -125,7 +149,9 @@ class Layout:
         return list(self.spans) if self.replicated else [np.concatenate(self.spans)]
 
     def __reduce__(self) -> tuple[Callable[..., Layout], tuple[object, ...]]:
-        return _unpickle, (self.name, self.num_tokens, self.spans, self.num_local_tokens, self.replicated)
+        counts = np.array([len(spans) for spans in self.spans], dtype=np.int64)
+        sizes = self.num_tokens, self.num_local_tokens
+        return _unpickled, (self.name, *sizes, self.replicated, counts, narrowed(np.concatenate(self.spans)))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -138,16 +164,17 @@ class Layout:
         )
 
     def __hash__(self) -> int:
-        return hash((self.num_tokens, self.num_local_tokens, *(s.tobytes() for s in self.spans)))
+        return hash(self.fingerprint)
 
     def __repr__(self) -> str:
         return f"Layout({self.name!r}, num_tokens={self.num_tokens}, cp_size={self.cp_size})"
 
-    @property
+    @cached_property
     def fingerprint(self) -> bytes:
-        """Bytes that two layouts share exactly where they are equal."""
+        """A digest, 16 bytes, that two layouts share where they are equal."""
         sizes = [self.num_tokens, self.num_local_tokens, self.replicated, *map(len, self.spans)]
-        return np.concatenate([np.array(sizes, dtype=np.int64), *map(np.ravel, self.spans)]).tobytes()
+        numbers = np.concatenate([np.array(sizes, dtype=np.int64), *map(np.ravel, self.spans)])
+        return hashlib.sha256(numbers.tobytes()).digest()[:16]
 
     def positions(self, rank: int) -> Table:
         """``[L]`` global token of each local row of a rank; -1 for a pad row."""
@@ -159,6 +186,8 @@ class Layout:
     @cached_property
     def strides(self) -> frozenset[int]:
         """Strides of the spans of more than one token, on any rank."""
+        if self._plain is not None:
+            return frozenset({1}) if (self._plain[:, LENGTH] > 1).any() else frozenset()
         every = np.concatenate([spans[spans[:, LENGTH] > 1, STRIDE] for spans in self.spans])
         return frozenset(np.unique(every).tolist())
 
@@ -182,12 +211,31 @@ class Layout:
             result[tokens] = rank * self.num_local_tokens + expand(spans[:, LOCAL], spans[:, LENGTH])
         return frozen(result)
 
+    @cached_property
+    def _plain(self) -> Table | None:
+        """The one table of all ranks, column by column in memory, as it is read; None where spans interleave."""
+        spans = np.concatenate(self.spans)
+        if self.replicated or (spans[:, STRIDE] != 1).any():
+            return None
+        order = np.argsort(spans[:, START])
+        ranks = np.repeat(np.arange(self.cp_size, dtype=np.int64), [len(own) for own in self.spans])
+        columns = np.empty((5, len(spans)), dtype=np.int64)
+        for column in range(RANK):
+            columns[column] = spans[:, column].take(order)
+        columns[RANK] = ranks.take(order)
+        columns.setflags(write=False)
+        result: Table = columns.T
+        return result
+
     def tables(self, ranks: Sequence[int] | None = None) -> Iterator[Table]:
         """Span tables ``(start, length, stride, local, rank)`` of the ranks; the spans of a table do not interleave.
 
         One table for all ranks where every stride is 1. Strided spans interleave, those of several ranks by nature and
         those of one rank if a caller laid them so; each table then holds as many of one rank's as do not.
         """
+        if ranks is None and self._plain is not None:
+            yield self._plain
+            return
         ranks = range(self.cp_size) if ranks is None else ranks
         merged = self._numbered(ranks)
         if self.replicated or (merged[:, STRIDE] != 1).any():
@@ -228,8 +276,11 @@ class Layout:
         )
 
 
-def _unpickle(name: str, num_tokens: int, spans: Sequence[object], num_local_tokens: int, replicated: bool) -> Layout:
-    return Layout(name, num_tokens, spans, num_local_tokens=num_local_tokens, replicated=replicated)
+def _unpickled(
+    name: str, num_tokens: int, num_local_tokens: int, replicated: bool, counts: Table, spans: Narrow
+) -> Layout:
+    """What a checked layout was pickled as."""
+    return Layout._placed(name, num_tokens, widened(spans), counts, num_local_tokens, replicated=replicated)
 
 
 def _apart(spans: Table) -> Iterator[Table]:
@@ -365,10 +416,15 @@ def cut_by_spans(starts: Table, stops: Table, spans: Table) -> tuple[Table, Tabl
     """
     ends = spans[:, START] + (spans[:, LENGTH] - 1) * spans[:, STRIDE] + 1
     interval, span = overlaps(starts, stops, spans[:, START], ends)
-    start, stride = spans[span, START], spans[span, STRIDE]
-    first = np.maximum(-(-(starts[interval] - start) // stride), 0)
-    stop = np.minimum(-(-(stops[interval] - start) // stride), spans[span, LENGTH])
+    start, stride = spans[:, START].take(span), spans[:, STRIDE]
+    first, stop = starts.take(interval) - start, stops.take(interval) - start
+    if (stride != 1).any():
+        stride = stride.take(span)
+        first, stop = -(-first // stride), -(-stop // stride)
+    first, stop = np.maximum(first, 0), np.minimum(stop, spans[:, LENGTH].take(span))
     keep = first < stop
+    if keep.all():
+        return interval, span, first, stop
     return interval[keep], span[keep], first[keep], stop[keep]
 
 
@@ -388,11 +444,26 @@ def zigzag(offsets: Table, cp_size: int) -> Layout:
     chunks[:, :cp_size] = base[:, None] + (extra >= 1)
     chunks[:, cp_size:] = (base[:, None] + (extra >= 2))[:, ::-1]
     starts = offsets[:-1, None] + np.cumsum(chunks, axis=1) - chunks
-    spans = []
-    for rank in range(cp_size):
-        pair = [rank, 2 * cp_size - 1 - rank]
-        spans.append(joined(starts[:, pair].reshape(-1), chunks[:, pair].reshape(-1)))
-    return Layout("zigzag", int(offsets[-1]), spans, num_local_tokens=-(-int(offsets[-1]) // cp_size))
+    pairs = np.stack([ranks, 2 * cp_size - 1 - ranks], axis=1)
+    held, counts = (columns[:, pairs].transpose(1, 0, 2).reshape(-1) for columns in (starts, chunks))
+    spans, each = _joined_by_rank(held, counts, np.repeat(ranks, 2 * len(lengths)), cp_size)
+    total = int(offsets[-1])
+    check_rows("zigzag", total, cp_size)
+    return Layout._placed("zigzag", total, spans, each, -(-total // cp_size))
+
+
+def _joined_by_rank(starts: Table, lengths: Table, ranks: Table, cp_size: int) -> tuple[Table, Table]:
+    """:func:`joined` for all ranks at once, with local rows that count up from 0 on each; and how many each has."""
+    filled = np.flatnonzero(lengths)
+    starts, lengths, ranks = starts[filled], lengths[filled], ranks[filled]
+    opens = np.ones(len(starts), dtype=bool)
+    opens[1:] = (starts[1:] != starts[:-1] + lengths[:-1]) | (ranks[1:] != ranks[:-1])
+    first = np.flatnonzero(opens)
+    total = np.add.reduceat(lengths, first) if len(first) else lengths
+    each = np.bincount(ranks[first], minlength=cp_size)
+    local = offsets_of(total)
+    base = np.repeat(local[offsets_of(each)[:-1]], each)
+    return np.stack([starts[first], total, np.ones_like(total), local[:-1] - base], axis=1), each
 
 
 def contiguous(offsets: Table, cp_size: int) -> Layout:

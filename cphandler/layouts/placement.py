@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -61,6 +62,9 @@ class Balanced:
 LayoutSpec: TypeAlias = "str | Layout | Balanced"
 """How one stream's tokens are to be placed: a name out of :data:`cphandler.layouts.layout.LAYOUTS`, or a value."""
 
+BandsOf: TypeAlias = Callable[[Mask], Table]
+"""A mask's bands over a batch."""
+
 
 def place(
     specs: tuple[LayoutSpec, LayoutSpec],
@@ -70,6 +74,7 @@ def place(
     cp_size: int,
     *,
     tile: int | None = None,
+    bands: BandsOf | None = None,
 ) -> tuple[Layout, Layout]:
     """The layouts of the query and the key stream; the same object twice for self attention.
 
@@ -80,6 +85,7 @@ def place(
         mask: who sees whom.
         cp_size: ranks P.
         tile: rows of the kernel's tile, that work is rounded up to; None counts pairs.
+        bands: :func:`stream_bands` of the two streams, for a caller who keeps them; None makes them here.
 
     Raises:
         InvalidTypeError: neither a name, a Layout nor a mix.
@@ -87,7 +93,8 @@ def place(
         UnsupportedError: a mask that has no meaning across two streams.
     """
     crossing = keys is not queries
-    own = _level_bands(specs[0], queries, keys, mask)
+    bands_of = partial(_row_bands, bands or partial(stream_bands, queries=queries, keys=keys), queries, keys)
+    own = _level_bands(specs[0], mask, bands_of)
     if own is None:
         layout = make_layout(_known(specs[0]), queries.documents.offsets, cp_size)
     else:
@@ -96,32 +103,42 @@ def place(
         layout = balanced(work, cp_size)
     if not crossing:
         return layout, layout
-    theirs = _level_bands(specs[1], queries, keys, mask)
+    theirs = _level_bands(specs[1], mask, bands_of)
     if theirs is None:
         return layout, make_layout(_known(specs[1]), keys.documents.offsets, cp_size)
     seen = np.concatenate([bands for bands, _ in theirs])
     return layout, place_keys(layout, seen, keys.documents.num_tokens)
 
 
-def _level_bands(
-    spec: LayoutSpec, queries: StreamMetadata, keys: StreamMetadata, mask: Mask
-) -> list[tuple[Table, int]] | None:
+def _level_bands(spec: LayoutSpec, mask: Mask, bands_of: BandsOf) -> list[tuple[Table, int]] | None:
     """The bands to be level over, and their weights; None where another layout is asked for."""
     if isinstance(spec, str) and layout_name(spec) == BALANCED:
         spec = Balanced()
     if not isinstance(spec, Balanced):
         return None
-    return [(_bands_of_a_row(each, queries, keys), weight) for each, weight in spec.masks or ((mask, 1),)]
+    return [(bands_of(each), weight) for each, weight in spec.masks or ((mask, 1),)]
 
 
-def _bands_of_a_row(mask: Mask, queries: StreamMetadata, keys: StreamMetadata) -> Table:
+def stream_bands(mask: Mask, queries: StreamMetadata, keys: StreamMetadata) -> Table:
+    """A mask's bands over all rows of the batch laid end to end, cut to real tokens.
+
+    Raises:
+        InvalidValueError: a mask that does not fit the documents.
+        UnsupportedError: a mask that has no meaning across two streams.
+    """
+    rows = None
+    if queries.padded_rows is not None and keys.padded_rows is not None:
+        rows = queries.padded_rows, keys.padded_rows
+    return visible_bands(mask, (queries.documents, keys.documents), rows)
+
+
+def _row_bands(bands_of: BandsOf, queries: StreamMetadata, keys: StreamMetadata, mask: Mask) -> Table:
     """A mask's bands over one row of the batch; those of all its rows, one on the other, where they are padded."""
-    documents = queries.documents, keys.documents
-    if queries.padded_rows is None or keys.padded_rows is None:
-        return visible_bands(mask, documents, None)
-    bands = visible_bands(mask, documents, (queries.padded_rows, keys.padded_rows))
-    row = bands[:, Q0] // max(documents[0].num_tokens, 1)
-    return shifted(bands, -row * documents[0].num_tokens, -row * documents[1].num_tokens)
+    bands = bands_of(mask)
+    if keys.padded_rows is None:
+        return bands
+    row = bands[:, Q0] // max(queries.documents.num_tokens, 1)
+    return shifted(bands, -row * queries.documents.num_tokens, -row * keys.documents.num_tokens)
 
 
 def _known(spec: LayoutSpec) -> str | Layout:

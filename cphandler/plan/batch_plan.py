@@ -11,22 +11,25 @@ it compares two layouts on a caller's own document lengths::
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
-from cphandler.layouts.placement import LayoutSpec, place
+from cphandler.layouts.placement import LayoutSpec, place, stream_bands
 from cphandler.plan.cost import RankCost, product, rank_cost
 from cphandler.plan.plan import Needs, Plan, make_plan, ring_hops
 from cphandler.plan.tasks import task_counts, visibility
 from cphandler.tokens.counts import checked_count, checked_flag
 from cphandler.tokens.documents import Documents, Offsets
-from cphandler.tokens.intervals import Table
-from cphandler.tokens.masks import Mask, make_mask, visible_bands
+from cphandler.tokens.intervals import Narrow, Table, frozen, narrowed, widened
+from cphandler.tokens.masks import Mask, make_mask
 from cphandler.tokens.metadata import StreamMetadata
 
 COMM_TYPES: dict[str, Needs] = {"p2p": "stages", "ring": "hops", "all_gather": "tasks"}
@@ -48,8 +51,13 @@ def plan_batch(
     cu_seqlens_padded: Offsets | None = None,
     cp_comm_type: str = "p2p",
     tile: int | None = None,
+    ranks: Sequence[int] | AbstractSet[int] | Literal["all"] = (),
 ) -> BatchPlan:
     """Plan a packed batch for a number of ranks, on any process and with no communication.
+
+    A handler takes the result as ``layout=`` and makes nothing of it again: not the layout, nor the bands of its mask,
+    nor the plans of ``ranks``, where its class moves keys as ``cp_comm_type`` says. Where it moves them otherwise, or
+    has another mask, it takes the layout and plans anew.
 
     Args:
         cu_seqlens: ``[D + 1]`` global offsets of the documents' valid tokens; ``[0, S]`` for a dense batch.
@@ -59,6 +67,8 @@ def plan_batch(
         cu_seqlens_padded: ``[D + 1]`` physical offsets where documents are padded at their ends.
         cp_comm_type: ``"p2p"``, ``"ring"`` or ``"all_gather"``: how keys will reach the queries.
         tile: as in :class:`CPConfig`: rows of the kernel's tile, for the balanced layout.
+        ranks: whose plans to make now, so that they travel with the batch: ``(rank,)`` where each rank loads its own
+            batches, ``"all"`` where one sends them to all; those of others are made by :meth:`BatchPlan.plan`.
 
     Raises:
         InvalidTypeError: arguments of another type.
@@ -67,6 +77,32 @@ def plan_batch(
     """
     if checked_count("cp_size", cp_size, least=1, fix="pass a number of ranks") > MOST_RANKS:
         raise InvalidValueError("cp_size is more than any group has", got=cp_size, fix="pass a number of ranks")
+    comm_type = _checked_comm_type(cp_comm_type)
+    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool)):
+        raise InvalidTypeError("tile must be an int or None", got=repr(tile), fix=_TILE)
+    if tile is not None and tile < 1:
+        raise InvalidValueError("tile must be at least 1", got=tile, fix=_TILE)
+    documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
+    stream = StreamMetadata(documents, None, documents.max_length)
+    seen = make_mask(mask)
+    started = time.perf_counter()
+    known: dict[int, Table] = {}
+
+    def bands_of(mask: Mask) -> Table:
+        """Made once, though the layout and the plans ask for them."""
+        if id(mask) not in known:
+            known[id(mask)] = stream_bands(mask, stream, stream)
+        return known[id(mask)]
+
+    made, _ = place((layout, layout), stream, stream, seen, cp_size, tile=tile, bands=bands_of)
+    seconds = time.perf_counter() - started
+    planned = BatchPlan(documents, seen, made, comm_type, bands_of(seen), seconds)
+    for rank in _wanted(ranks, cp_size):
+        planned.plan(rank)
+    return planned
+
+
+def _checked_comm_type(cp_comm_type: object) -> str:
     if not isinstance(cp_comm_type, str):
         raise InvalidTypeError(
             "cp_comm_type must be a string", got=repr(cp_comm_type), fix=f"choose one of {', '.join(COMM_TYPES)}"
@@ -78,22 +114,23 @@ def plan_batch(
             got=repr(cp_comm_type),
             fix=f"choose one of {', '.join(COMM_TYPES)}; Ulysses trades heads, whatever the mask",
         )
-    if tile is not None and (not isinstance(tile, int) or isinstance(tile, bool)):
-        raise InvalidTypeError("tile must be an int or None", got=repr(tile), fix=_TILE)
-    if tile is not None and tile < 1:
-        raise InvalidValueError("tile must be at least 1", got=tile, fix=_TILE)
-    documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
-    stream = StreamMetadata(documents, None, documents.max_length)
-    seen = make_mask(mask)
-    started = time.perf_counter()
-    made, _ = place((layout, layout), stream, stream, seen, cp_size, tile=tile)
-    seconds = time.perf_counter() - started
-    return BatchPlan(documents, seen, made, comm_type, visible_bands(seen, (documents, documents), None), seconds)
+    return comm_type
+
+
+def _wanted(ranks: Sequence[int] | AbstractSet[int] | str, cp_size: int) -> Iterable[int]:
+    """The ranks whose plans are asked for."""
+    if isinstance(ranks, str) and ranks.strip().lower() == "all":
+        return range(cp_size)
+    if isinstance(ranks, (Sequence, AbstractSet)) and not isinstance(ranks, (str, bytes)):
+        return ranks
+    raise InvalidTypeError(
+        "ranks must be numbers of ranks", got=repr(ranks), fix='pass (rank,) for one, "all" for all of them'
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """A batch, cut: what :func:`plan_batch` makes. It can be pickled.
+    """A batch, cut: what :func:`plan_batch` makes. It can be pickled, the plans that were made with it.
 
     Attributes:
         documents: the documents of the batch.
@@ -110,14 +147,52 @@ class BatchPlan:
     cp_comm_type: str
     bands: Table = field(repr=False)
     layout_seconds: float
+    _plans: dict[int, Plan] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bands", frozen(self.bands))
+
+    def __reduce__(self) -> tuple[Callable[..., BatchPlan], tuple[object, ...]]:
+        values = self.documents, self.mask, self.layout, self.cp_comm_type, narrowed(self.bands), self.layout_seconds
+        return _unpickled, (*values, dict(self._plans))
 
     @property
     def cp_size(self) -> int:
         """Ranks P."""
         return self.layout.cp_size
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks whose plans were made, ascending."""
+        return tuple(sorted(self._plans))
+
+    def check_fits(self, documents: Documents, cp_size: int) -> None:
+        """Refuse another batch than this one, or another number of ranks.
+
+        Raises:
+            InvalidValueError: what differs, by name.
+        """
+        own, differs = self.documents, ""
+        if cp_size != self.cp_size:
+            differs, got = "number of ranks", f"a plan for {self.cp_size} ranks, and a group of {cp_size}"
+        elif own.num_documents != documents.num_documents:
+            differs, got = "documents", f"a plan of {own.num_documents} documents, and {documents.num_documents}"
+        elif not np.array_equal(own.offsets, documents.offsets):
+            i = int(np.flatnonzero(own.offsets != documents.offsets)[0])
+            lengths = int(own.lengths[i - 1]), int(documents.lengths[i - 1])
+            differs, got = "documents", f"document {i - 1} of {lengths[0]} tokens, and of {lengths[1]}"
+        elif not np.array_equal(own.runs, documents.runs):
+            numbers = own.num_valid_tokens, documents.num_valid_tokens
+            differs, got = "padding", f"a plan of {numbers[0]} real tokens, and {numbers[1]}, or others"
+        if differs:
+            raise InvalidValueError(
+                f"the BatchPlan given as layout= was made for another batch, by its {differs}",
+                got=got,
+                fix="give plan_batch the offsets, padded ones too, and the number of ranks that the handler gets",
+            )
+
     def plan(self, rank: int) -> Plan:
-        """One rank's tasks, and what travels for them; made anew at every call.
+        """One rank's tasks, and what travels for them; made once.
 
         Under ``"all_gather"`` keys are counted in their owner's rows.
 
@@ -131,6 +206,11 @@ class BatchPlan:
         if not 0 <= rank < self.cp_size:
             raise InvalidValueError("there is no such rank", got=rank, fix=f"ranks are 0 to {self.cp_size - 1}")
         self._refuse_replicated()
+        if rank not in self._plans:
+            self._plans.setdefault(rank, self._made(rank))
+        return self._plans[rank]
+
+    def _made(self, rank: int) -> Plan:
         return make_plan(self.bands, self.layout, self.layout, rank, needs=COMM_TYPES[self.cp_comm_type])
 
     @cached_property
@@ -219,7 +299,7 @@ class BatchPlan:
         self._refuse_replicated()
         counts = task_counts(self.bands, self.layout, self.layout)
         started = time.perf_counter()
-        self.plan(int(counts.argmax()))
+        self._made(int(counts.argmax()))
         return counts, time.perf_counter() - started
 
     def _refuse_replicated(self) -> None:
@@ -228,6 +308,12 @@ class BatchPlan:
                 "on a replicated layout every rank holds all keys and computes some heads",
                 fix="use cp_comm_type='a2a' for it, which needs no plan",
             )
+
+
+def _unpickled(
+    documents: Documents, mask: Mask, layout: Layout, comm_type: str, bands: Narrow, seconds: float, *plans: Any
+) -> BatchPlan:
+    return BatchPlan(documents, mask, layout, comm_type, widened(bands), seconds, *plans)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,10 @@ the layouts and the mask, so that both ends of a message compute it alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -17,8 +19,20 @@ from torch import Tensor
 from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.plan.matching import matchings
-from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, visibility
-from cphandler.tokens.intervals import Flags, Table, frozen, offsets_of, table
+from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, key_runs, visibility
+from cphandler.tokens.intervals import (
+    Flags,
+    Narrow,
+    Table,
+    chosen,
+    frozen,
+    merged,
+    narrowed,
+    offsets_of,
+    sorting,
+    table,
+    widened,
+)
 
 Needs: TypeAlias = Literal["tasks", "hops", "stages"]
 """What a plan holds beside its tasks: nothing, how far blocks travel round a ring, or who sends which rows when."""
@@ -35,6 +49,32 @@ _COLUMNS = {"tasks": 7, "hops": 2, "stages": 2, "sends": 3, "receives": 3}
 
 def _empty(columns: int) -> Table:
     return table([], columns)
+
+
+class _Groups:
+    """The rows of a table by a number that each has; found once, and looked up from then on.
+
+    Args:
+        numbers: ``[n]``, those of one group side by side, or in any order.
+        rows: ``[n, columns]``.
+    """
+
+    def __init__(self, numbers: Table, rows: Table) -> None:
+        first = np.flatnonzero(np.diff(numbers, prepend=-1))
+        if len(np.unique(numbers[first])) < len(first):
+            order = np.argsort(numbers, kind="stable")
+            numbers, rows = numbers[order], rows[order]
+            first = np.flatnonzero(np.diff(numbers, prepend=-1))
+        self._rows = frozen(rows)
+        walls = pairwise([*first.tolist(), len(numbers)])
+        self._slices = {number: slice(*wall) for number, wall in zip(numbers[first].tolist(), walls, strict=True)}
+
+    def of(self, number: int) -> Table:
+        """The rows of a group, in their order; read-only."""
+        return self._rows[self._slices.get(number, _NOTHING)]
+
+
+_NOTHING = slice(0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +106,33 @@ class Plan:
         for name in _COLUMNS:
             object.__setattr__(self, name, frozen(getattr(self, name)))
 
+    def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
+        return _unpickled, (self.cp_size, self.rank, *(narrowed(getattr(self, name)) for name in _COLUMNS))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return sum(getattr(self, name).nbytes for name in _COLUMNS)
+
     def tasks_of(self, owner: int) -> Table:
         """The tasks whose keys live on ``owner``, in the order they run."""
-        tasks: Table = self.tasks[self.tasks[:, OWNER] == owner]
-        return tasks
+        return self._tasks_by_owner.of(owner)
 
     def runs(self, stage: int, *, sent: bool) -> Table:
         """``[n, 2]`` runs ``(start, length)`` of rows that this rank sends, or receives, in a stage."""
-        runs = self.sends if sent else self.receives
-        chosen: Table = runs[runs[:, STAGE] == stage][:, [START, LENGTH]]
-        return chosen
+        return (self._sends_by_stage if sent else self._receives_by_stage).of(stage)
+
+    @cached_property
+    def _tasks_by_owner(self) -> _Groups:
+        return _Groups(self.tasks[:, OWNER], self.tasks)
+
+    @cached_property
+    def _sends_by_stage(self) -> _Groups:
+        return _Groups(self.sends[:, STAGE], self.sends[:, [START, LENGTH]])
+
+    @cached_property
+    def _receives_by_stage(self) -> _Groups:
+        return _Groups(self.receives[:, STAGE], self.receives[:, [START, LENGTH]])
 
     def to_tensor(self) -> Tensor:
         """One int64 tensor that carries the plan through an operator's signature (and a data loader's queue)."""
@@ -95,6 +152,10 @@ class Plan:
             tables.append(values[start : start + count * columns].reshape(count, columns))
             start += count * columns
         return cls(cp_size, rank, *tables)
+
+
+def _unpickled(cp_size: int, rank: int, *tables: Narrow) -> Plan:
+    return Plan(cp_size, rank, *map(widened, tables))
 
 
 def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, needs: Needs = "tasks") -> Plan:
@@ -128,8 +189,8 @@ def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, needs: 
 
 def _ordered(tasks: Table, turn: Table) -> Table:
     """Tasks by the turn of their owner, then by query and key rows."""
-    ordered: Table = tasks[np.lexsort((tasks[:, K], tasks[:, Q], turn[tasks[:, OWNER]]))]
-    return ordered
+    order = sorting(turn[tasks[:, OWNER]] - turn.min(initial=0), tasks[:, Q], tasks[:, K])
+    return chosen(tasks, order)
 
 
 def ring_hops(sees: Flags) -> Table:
@@ -150,32 +211,28 @@ def _direct_plan(bands: Table, queries: Layout, keys: Layout, rank: int, tasks: 
     for column, row in ((TO, stage_of[:, rank]), (FROM, stage_of[rank])):
         peers = np.flatnonzero(row >= 0)
         stages[row[peers], column] = peers
-    theirs, ranks = cut(bands, queries, keys, key_ranks=[rank])
-    sends = _union(stage_of[ranks, rank], theirs)
-    receives = _union(stage_of[rank][tasks[:, OWNER]], tasks)
-    turn = stage_of[rank].copy()  # own keys are at -1, before every stage
+    theirs, tasks = key_runs(bands, queries, keys, rank), coalesced(tasks)
+    sends = _union(stage_of[theirs[:, 0], rank], theirs[:, 1], theirs[:, 2])
+    turn = stage_of[rank]  # own keys are at -1, before every stage
+    receives = _union(turn[tasks[:, OWNER]], tasks[:, K], tasks[:, NK])
     return Plan(
         queries.cp_size,
         rank,
-        _compacted(_ordered(coalesced(tasks), turn), turn, receives),
+        _compacted(_ordered(tasks, turn), turn, receives),
         stages=stages,
         sends=sends,
         receives=receives,
     )
 
 
-def _union(stages: Table, tasks: Table) -> Table:
-    """Runs ``(stage, start, length)`` of the key rows of tasks, stage by stage; what stays on the rank is left out."""
-    rows = np.stack([stages, tasks[:, K], tasks[:, K] + tasks[:, NK]], axis=1)[stages >= 0]
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-    if not len(rows):
+def _union(stages: Table, starts: Table, lengths: Table) -> Table:
+    """Disjoint runs ``(stage, start, length)``, stage by stage, of the same rows without those of no stage."""
+    moves = np.flatnonzero(stages >= 0)
+    if not len(moves):
         return _empty(3)
-    room = int(rows[:, 2].max()) + 1  # stages laid end to end, so that one running maximum serves all
-    starts, stops = rows[:, 0] * room + rows[:, 1], np.maximum.accumulate(rows[:, 0] * room + rows[:, 2])
-    first = np.flatnonzero(np.append(True, starts[1:] > stops[:-1]))
-    last = np.append(first[1:], len(rows)) - 1
-    runs: Table = np.stack([rows[first, 0], rows[first, 1], stops[last] - starts[first]], axis=1)
-    return runs
+    starts, lengths = starts.take(moves), lengths.take(moves)
+    stage, starts, stops = merged(stages.take(moves), starts, starts + lengths)
+    return np.stack([stage, starts, stops - starts], axis=1)
 
 
 def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:
@@ -190,6 +247,6 @@ def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:
     )
     before = offsets_of(receives[:, LENGTH])[:-1]
     block = before[np.searchsorted(receives[:, STAGE], receives[:, STAGE], "left")]  # rows of the stages before
-    result: Table = tasks.copy()
+    result: Table = tasks.copy(order="K")
     result[remote, K] += (before - block - receives[:, START])[run - 1]
     return result

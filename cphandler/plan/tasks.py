@@ -14,7 +14,7 @@ import numpy as np
 
 from cphandler.layouts.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout, cut_by_spans
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
-from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, expand, table
+from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, chosen, expand, merged, sorting, table
 
 OWNER, Q, NQ, K, NK, TASK_LO, TASK_HI = range(7)
 """Columns of a task table: the rank that owns the keys, query rows ``[q, q + nq)`` of the rank that computes, key rows
@@ -41,9 +41,10 @@ def cut(
         ``[m, 7]`` tasks, every row and key of which sees or is seen, and ``[m]`` the rank of each one's queries.
     """
     pieces = _all_pieces(tightened(bands), list(queries.tables(query_ranks)))
-    parts = [(table([], 7), table([], 1).reshape(-1))]
-    parts += [_local_tasks(pieces, key_spans) for key_spans in keys.tables(key_ranks)]
-    tasks, ranks = zip(*parts, strict=True)
+    parts = [_local_tasks(pieces, key_spans) for key_spans in keys.tables(key_ranks)]
+    if len(parts) == 1:
+        return parts[0]
+    tasks, ranks = zip((table([], 7), table([], 1).reshape(-1)), *parts, strict=True)
     return np.concatenate(tasks), np.concatenate(ranks)
 
 
@@ -59,13 +60,15 @@ class Pieces(NamedTuple):
 def query_pieces(bands: Table, queries: Table) -> Pieces:
     """Bands cut by spans that do not interleave; every row of a piece sees a key, and at stride 1 every key is seen."""
     band, span, first, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], queries)
-    start, stride = queries[span, START], queries[span, STRIDE]
-    pieces = bands[band]
-    pieces[:, Q0] = start + first * stride
-    pieces[:, Q1] = start + (stop - 1) * stride + 1
-    pieces[:, K0] = np.maximum(pieces[:, K0], pieces[:, Q0] + pieces[:, LO])
-    pieces[:, K1] = np.minimum(pieces[:, K1], pieces[:, Q1] + pieces[:, HI])
-    return Pieces(pieces, queries[span], first, stop)
+    spans, pieces = np.empty((len(span), 5), dtype=np.int64), bands.take(band, axis=0)
+    for column in range(5):
+        spans[:, column] = queries[:, column].take(span)
+    start, stride = spans[:, START], spans[:, STRIDE]
+    starts, stops = start + first * stride, start + (stop - 1) * stride + 1
+    pieces[:, Q0], pieces[:, Q1] = starts, stops
+    pieces[:, K0] = np.maximum(pieces[:, K0], starts + pieces[:, LO])
+    pieces[:, K1] = np.minimum(pieces[:, K1], stops + pieces[:, HI])
+    return Pieces(pieces, spans, first, stop)
 
 
 def _all_pieces(bands: Table, tables: Sequence[Table]) -> Pieces:
@@ -82,37 +85,53 @@ def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
     The bounds are converted by stride and offset here, once; then rows that see nothing are trimmed.
     """
     piece, span, k_first, k_stop = cut_by_spans(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
-    bands, q_spans, k_spans = pieces.bands[piece], pieces.spans[piece], key_spans[span]
-    q_first, nq, nk = pieces.first[piece], (pieces.stop - pieces.first)[piece], k_stop - k_first
-    stride = np.maximum(q_spans[:, STRIDE], k_spans[:, STRIDE])  # a span of one row says 1, and has any
-    offset = (k_spans[:, START] + k_first * k_spans[:, STRIDE]) - (q_spans[:, START] + q_first * q_spans[:, STRIDE])
-    local = np.stack([np.zeros_like(nq), nq, np.zeros_like(nk), nk, bands[:, LO], bands[:, HI]], axis=1)
-    bounded = bands[:, LO] > -UNBOUNDED
-    local[bounded, LO] = -(-(bands[bounded, LO] - offset[bounded]) // stride[bounded])
-    bounded = bands[:, HI] < UNBOUNDED
-    local[bounded, HI] = (bands[bounded, HI] - offset[bounded]) // stride[bounded]
-    trimmed, kept = _trimmed(local)
-    shift = trimmed[:, K0] - trimmed[:, Q0]
-    nq, nk = trimmed[:, Q1] - trimmed[:, Q0], trimmed[:, K1] - trimmed[:, K0]
-    lo, hi = trimmed[:, LO] - shift, trimmed[:, HI] - shift
-    columns = [
-        k_spans[kept, RANK],
-        (q_spans[:, LOCAL] + q_first)[kept] + trimmed[:, Q0],
-        nq,
-        (k_spans[:, LOCAL] + k_first)[kept] + trimmed[:, K0],
-        nk,
-        np.where(lo <= 1 - nq, -UNBOUNDED, lo),
-        np.where(hi >= nk - 1, UNBOUNDED, hi),
-    ]
-    return np.stack(columns, axis=1), q_spans[kept, RANK]
+    bands, spans, first = pieces.bands, pieces.spans, pieces.first
+    tasks = np.empty((7, len(piece)), dtype=np.int64).T  # column by column in memory, as all that follows reads it
+    tasks[:, OWNER] = key_spans[:, RANK].take(span)
+    tasks[:, Q] = (spans[:, LOCAL] + first).take(piece)
+    tasks[:, NQ] = nq = (pieces.stop - first).take(piece)
+    tasks[:, K] = key_spans[:, LOCAL].take(span) + k_first
+    tasks[:, NK] = nk = k_stop - k_first
+    offset = key_spans[:, START].take(span) + k_first * key_spans[:, STRIDE].take(span) - bands[:, Q0].take(piece)
+    lo, hi = bands[:, LO].take(piece) - offset, bands[:, HI].take(piece) - offset
+    stride = np.maximum(spans[:, STRIDE].take(piece), key_spans[:, STRIDE].take(span))
+    if (stride != 1).any():  # a span of one row says 1, and has any
+        lo, hi = -(-lo // stride), hi // stride
+    tasks[:, TASK_LO], tasks[:, TASK_HI] = -UNBOUNDED, UNBOUNDED
+    cut_off = np.flatnonzero((lo > 1 - nq) | (hi < nk - 1))
+    ranks = spans[:, RANK].take(piece)
+    if not len(cut_off):
+        return tasks, ranks
+    tasks[cut_off] = _trimmed(chosen(tasks, cut_off), lo.take(cut_off), hi.take(cut_off))
+    some = (tasks[:, NQ] > 0) & (tasks[:, NK] > 0)
+    return (tasks, ranks) if some.all() else (chosen(tasks, np.flatnonzero(some)), ranks[some])
 
 
-def _trimmed(local: Table) -> tuple[Table, Flags]:
-    """:func:`cphandler.tokens.masks.tightened`, and which rows it kept."""
-    numbered = tightened(np.concatenate([local, np.arange(len(local), dtype=np.int64)[:, None]], axis=1))
-    kept = np.zeros(len(local), dtype=bool)
-    kept[numbered[:, -1]] = True
-    return numbered[:, :-1], kept
+def _trimmed(tasks: Table, lo: Table, hi: Table) -> Table:
+    """Tasks without the rows that see nothing at their ends, as :func:`cphandler.tokens.bands.tightened` does it.
+
+    Args:
+        tasks: without bounds; those of which nothing is left get 0 rows, or fewer.
+        lo: least ``j - i``.
+        hi: largest ``j - i``.
+    """
+    q0, q1, k0, k1 = _seen(tasks[:, NQ], tasks[:, NK], lo, hi)
+    nq, nk, shift = q1 - q0, k1 - k0, k0 - q0
+    lo, hi = lo - shift, hi - shift
+    nq = np.where(lo <= hi, nq, 0)
+    lo, hi = np.where(lo <= 1 - nq, -UNBOUNDED, lo), np.where(hi >= nk - 1, UNBOUNDED, hi)
+    return np.stack([tasks[:, OWNER], tasks[:, Q] + q0, nq, tasks[:, K] + k0, nk, lo, hi], axis=1)
+
+
+def _seen(nq: Table, nk: Table, lo: Table, hi: Table) -> tuple[Table, Table, Table, Table]:
+    """Rows ``[q0, q1)`` of ``nq`` and keys ``[k0, k1)`` of ``nk`` that see or are seen."""
+    q0 = np.maximum(0, -hi)
+    q1 = np.minimum(nq, nk - lo)
+    k0 = np.maximum(0, q0 + lo)
+    k1 = np.minimum(nk, q1 + hi)
+    q0 = np.maximum(q0, k0 - hi)
+    q1 = np.minimum(q1, k1 - lo)
+    return q0, q1, np.maximum(k0, q0 + lo), np.minimum(k1, q1 + hi)
 
 
 def _is_full(tasks: Table) -> Flags:
@@ -121,11 +140,28 @@ def _is_full(tasks: Table) -> Flags:
 
 
 def coalesced(tasks: Table) -> Table:
-    """Fewer, larger tasks over the same pairs: neighbours that one band describes become one task."""
-    tasks = _joined_rows(tasks, Q, NQ, K, NK)
-    tasks = _joined_rows(tasks, K, NK, Q, NQ)
-    tasks = _joined_prefix(tasks)
-    return _joined_diagonal(tasks)
+    """Fewer, larger tasks over the same pairs: neighbours that one band describes become one task.
+
+    The first row of a task sees its first key, and no pair is in two tasks: so no task begins inside a full one, and
+    what joins another is next to it once they are sorted by where they begin.
+    """
+    tasks = _joined_rows(_sorted(tasks, K, Q), Q, NQ, K, NK)
+    tasks = _joined_rows(_sorted(tasks, Q, K), K, NK, Q, NQ)
+    return _joined_diagonal(_sorted(_joined_prefix(tasks), K, Q))
+
+
+def _sorted(tasks: Table, first: int, second: int) -> Table:
+    order = sorting(tasks[:, OWNER], tasks[:, first], tasks[:, second])
+    return chosen(tasks, order)
+
+
+def _same(tasks: Table, *columns: int) -> Flags:
+    """Which tasks have the values of the one before in some columns; the first has none before it."""
+    result = np.zeros(len(tasks), dtype=bool)
+    result[1:] = True
+    for column in columns:
+        result[1:] &= tasks[1:, column] == tasks[:-1, column]
+    return result
 
 
 def task_counts(bands: Table, queries: Layout, keys: Layout, room: int = 1 << 12) -> Table:
@@ -147,36 +183,36 @@ def task_counts(bands: Table, queries: Layout, keys: Layout, room: int = 1 << 12
 
 
 def _joined_rows(tasks: Table, start: int, length: int, other: int, other_length: int) -> Table:
-    """Join full tasks that touch along one side and have the same rows on the other."""
-    full = _is_full(tasks)
-    rest, tasks = tasks[~full], tasks[full]
-    tasks = tasks[np.lexsort((tasks[:, start], tasks[:, other_length], tasks[:, other], tasks[:, OWNER]))]
-    same = (tasks[1:, [OWNER, other, other_length]] == tasks[:-1, [OWNER, other, other_length]]).all(axis=1)
-    touches = tasks[1:, start] == tasks[:-1, start] + tasks[:-1, length]
-    first = np.flatnonzero(np.append(True, ~(same & touches))[: len(tasks)])
-    joined = tasks[first].copy()
-    if len(first):
-        joined[:, length] = np.add.reduceat(tasks[:, length], first)
-    return np.concatenate([rest, joined])
+    """Join full tasks, sorted by owner, ``other`` and ``start``, that touch and are alike on the other side."""
+    full, joins = _is_full(tasks), _same(tasks, OWNER, other, other_length)
+    joins[1:] &= full[1:] & full[:-1] & (tasks[1:, start] == tasks[:-1, start] + tasks[:-1, length])
+    if not joins.any():
+        return tasks
+    first = np.flatnonzero(~joins)
+    joined = chosen(tasks, first)
+    joined[:, length] = np.add.reduceat(tasks[:, length], first)
+    return joined
 
 
 def _joined_prefix(tasks: Table) -> Table:
-    """A full block of keys and, for the same query rows, a causal task over the keys after it are one causal task."""
-    tasks = tasks[np.lexsort((tasks[:, K], tasks[:, NQ], tasks[:, Q], tasks[:, OWNER]))]
-    before, after = tasks[:-1], tasks[1:]
-    joins = (
-        (before[:, [OWNER, Q, NQ]] == after[:, [OWNER, Q, NQ]]).all(axis=1)
-        & (before[:, K] + before[:, NK] == after[:, K])
-        & _is_full(before)
-        & (after[:, TASK_LO] == -UNBOUNDED)
-        & (after[:, TASK_HI] < UNBOUNDED)
-    )
-    right = np.flatnonzero(joins) + 1
-    joined = tasks[right].copy()
-    joined[:, K] = tasks[right - 1, K]
-    joined[:, NK] += tasks[right - 1, NK]
-    joined[:, TASK_HI] += tasks[right - 1, NK]
-    return np.concatenate([np.delete(tasks, np.concatenate([right, right - 1]), axis=0), joined])
+    """A full block of keys and, for the same query rows, a causal task over the keys after it are one causal task.
+
+    Args:
+        tasks: sorted by owner, query and key rows.
+    """
+    joins = _same(tasks, OWNER, Q, NQ)
+    joins[1:] &= (tasks[:-1, K] + tasks[:-1, NK] == tasks[1:, K]) & _is_full(tasks[:-1])
+    joins &= (tasks[:, TASK_LO] == -UNBOUNDED) & (tasks[:, TASK_HI] < UNBOUNDED)
+    right = np.flatnonzero(joins)
+    if not len(right):
+        return tasks
+    before = tasks[right - 1, NK]
+    tasks[right, K] -= before
+    tasks[right, NK] += before
+    tasks[right, TASK_HI] += before
+    kept = np.ones(len(tasks), dtype=bool)
+    kept[right - 1] = False
+    return chosen(tasks, np.flatnonzero(kept))
 
 
 def _joined_diagonal(tasks: Table) -> Table:
@@ -184,24 +220,45 @@ def _joined_diagonal(tasks: Table) -> Table:
 
     This is what a rank's own chunks of a document are: local order keeps global order, so the block on the diagonal is
     plainly causal in local rows.
+
+    Args:
+        tasks: sorted by owner, key and query rows.
     """
-    tasks = tasks[np.lexsort((tasks[:, Q], tasks[:, K], tasks[:, OWNER]))]
-    before, after = tasks[:-1], tasks[1:]
-    joins = (
-        (before[:, [OWNER, K]] == after[:, [OWNER, K]]).all(axis=1)
-        & (before[:, Q] + before[:, NQ] == after[:, Q])
+    before, after, joins = tasks[:-1], tasks[1:], _same(tasks, OWNER, K)
+    joins[1:] &= (
+        (before[:, Q] + before[:, NQ] == after[:, Q])
         & (before[:, TASK_LO] == -UNBOUNDED)
         & (after[:, TASK_LO] == -UNBOUNDED)
         & (before[:, TASK_HI] < UNBOUNDED)
         & (after[:, TASK_HI] == before[:, TASK_HI] + before[:, NQ])
         & (before[:, NK] == np.minimum(after[:, NK], before[:, NQ] + before[:, TASK_HI]))
     )
-    first = np.flatnonzero(~np.append(False, joins)[: len(tasks)])
-    joined: Table = tasks[first].copy()
-    if len(first):
-        joined[:, NQ] = np.add.reduceat(tasks[:, NQ], first)
-        joined[:, NK] = np.maximum.reduceat(tasks[:, NK], first)
+    if not joins.any():
+        return tasks
+    first = np.flatnonzero(~joins)
+    joined = chosen(tasks, first)
+    joined[:, NQ] = np.add.reduceat(tasks[:, NQ], first)
+    joined[:, NK] = np.maximum.reduceat(tasks[:, NK], first)
     return joined
+
+
+def key_runs(bands: Table, queries: Layout, keys: Layout, owner: int) -> Table:
+    """``[m, 3]`` runs ``(query rank, start, length)`` of an owner's key rows that the rank's queries see.
+
+    They may touch and, where spans have strides, overlap.
+    """
+    if not queries.strides | keys.strides <= {1} or queries.replicated or keys.replicated:
+        tasks, ranks = cut(bands, queries, keys, key_ranks=[owner])
+        return np.column_stack([ranks, tasks[:, [K, NK]]])
+    ((q_spans,), (k_spans,)) = queries.tables(), keys.tables([owner])
+    bands = tightened(bands)
+    band, span, first, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], q_spans)
+    begin = q_spans[:, START].take(span)
+    starts = np.maximum(bands[:, K0].take(band), begin + first + bands[:, LO].take(band))
+    stops = np.minimum(bands[:, K1].take(band), begin + stop + bands[:, HI].take(band))
+    ranks, starts, stops = merged(q_spans[:, RANK].take(span), starts, stops)
+    run, span, first, stop = cut_by_spans(starts, stops, k_spans)
+    return np.stack([ranks.take(run), k_spans[:, LOCAL].take(span) + first, stop - first], axis=1)
 
 
 def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:

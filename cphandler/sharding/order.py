@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class SequenceOrder:
+class SequenceOrder(NamedTuple):
     """How local rows of all ranks and global tokens correspond, as index tensors on the data's device.
 
     Attributes:

@@ -69,7 +69,7 @@ def _partner(shard: Shard, rows: Table, distance: int) -> tuple[Table, Table]:
     inside = (partner >= documents.offsets[document]) & (partner < documents.offsets[document + 1])
     if shard.padded_rows is None:
         inside &= documents.is_valid(tokens) & documents.is_valid(partner)
-    places = shard.layout.inverse[np.where(inside, partner, 0)] if shard.layout.num_tokens else partner
+    places = shard.inverse[np.where(inside, partner, 0)] if shard.layout.num_tokens else partner
     rank, row = np.divmod(places, max(1, shard.num_local_tokens))
     if shard.layout.replicated:
         rank = np.full_like(rank, shard.rank)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import LENGTH, LOCAL, START, STRIDE, Layout
+from cphandler.sharding.memo import Memo, counted
 from cphandler.sharding.order import SequenceOrder
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags, Table, frozen, overlaps
-from cphandler.tokens.masks import Mask, visible_bands
+from cphandler.tokens.masks import Mask, is_value, visible_bands
 
 
 class Fragments(NamedTuple):
@@ -135,8 +136,7 @@ class Shard:
         self.layout = layout
         self.rank = rank
         self.padded_rows = padded_rows
-        self._tensors: dict[tuple[str, torch.device], Tensor] = {}
-        self._orders: dict[torch.device, SequenceOrder] = {}
+        self.memo = Memo()
 
     @property
     def copies(self) -> int:
@@ -163,51 +163,60 @@ class Shard:
         """``[L]``, or ``[B, L]`` where rows of the batch differ, bool; the caller's own."""
         return self.tensor("valid", self.device).clone()
 
-    @cached_property
+    @counted
     def tokens(self) -> Table:
         """``[L]`` global token of each local row; -1 for a pad row."""
         return frozen(self.layout.positions(self.rank))
 
-    @cached_property
+    @counted
     def held_rows(self) -> Table:
         """``[n]`` local rows that hold a token, ascending."""
         return frozen(np.flatnonzero(self.tokens >= 0))
 
-    @cached_property
+    @counted
     def held_tokens(self) -> Table:
         """``[n]`` global tokens of those rows."""
         return frozen(self.tokens[self.held_rows])
 
-    @cached_property
+    @counted
     def positions(self) -> Table:
         """``[L]`` position of each local row in its document; 0 for a pad row."""
         held = np.maximum(self.tokens, 0)
         offsets = self.documents.offsets[self.documents.document_of(held)] if len(held) else held
         return frozen(np.where(self.tokens >= 0, held - offsets, 0))
 
-    @cached_property
+    @counted
     def valid(self) -> Flags:
         """``[L]``, or ``[B, L]`` where rows of the batch differ: True where a local row holds a real token."""
         shift = np.arange(self.copies, dtype=np.int64)[:, None] * self.layout.num_tokens
-        valid = self.validity.is_valid(self.tokens[None] + shift) & (self.tokens >= 0)
+        valid: Flags = self.validity.is_valid(self.tokens[None] + shift) & (self.tokens >= 0)
         valid = valid if self.padded_rows is not None else valid[0]
         valid.setflags(write=False)
         return valid
 
     def shifted_validity(self, shift: int, device: torch.device) -> Tensor:
         """``[B, L]``: where a local row and the one ``shift`` tokens before it are real, row of the batch by row."""
-        key = f"valid {shift}", device
-        if key not in self._tensors:
+
+        def valid() -> Tensor:
             first = np.arange(self.copies, dtype=np.int64)[:, None] * self.layout.num_tokens
             source = self.tokens - shift
             inside = (self.tokens >= 0) & (source >= 0) & (source < self.layout.num_tokens)
             real = self.validity.is_valid(np.where(inside, source, 0)[None] + first)
-            self._tensors[key] = device_copy(inside[None] & real & np.atleast_2d(self.valid), device)
-        return self._tensors[key]
+            return device_copy(inside[None] & real & np.atleast_2d(self.valid), device)
 
-    @cached_property
+        return self.memo.on(("valid", shift), device, valid)
+
+    @counted
+    def inverse(self) -> Table:
+        """``[S]``: :attr:`Layout.inverse`."""
+        return self.layout.inverse
+
+    @property
     def fragments(self) -> Fragments:
         """The runs of one document each that this rank holds."""
+        return self.memo.get("fragments", self._fragments)
+
+    def _fragments(self) -> Fragments:
         spans = self.layout.spans[self.rank]
         starts, offsets = spans[:, START], self.documents.offsets
         stops = starts + (spans[:, LENGTH] - 1) * spans[:, STRIDE] + 1
@@ -230,26 +239,22 @@ class Shard:
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
         """One of this shard's index arrays (``tokens``, ``held_rows``, ``valid``, ...) on a device, cached."""
-        key = name, device
-        if key not in self._tensors:
-            self._tensors[key] = device_copy(getattr(self, name), device)
-        return self._tensors[key]
+        return self.memo.on(name, device, lambda: device_copy(getattr(self, name), device))
 
     def pads(self, device: torch.device) -> Tensor:
         """``[L]`` bool: True for a local row that holds no token at all, cached."""
-        key = "pads", device
-        if key not in self._tensors:
-            self._tensors[key] = device_copy(self.tokens < 0, device)
-        return self._tensors[key]
+        return self.memo.on("pads", device, lambda: device_copy(self.tokens < 0, device))
 
     def order(self, device: torch.device) -> SequenceOrder:
         """How rows of all ranks and global tokens correspond, cached."""
-        if device not in self._orders:
-            places = self.layout.inverse
+
+        def made() -> SequenceOrder:
+            places = self.inverse
             everyone = np.concatenate([self.layout.positions(rank) for rank in range(self.layout.cp_size)])
             identity = len(places) == len(everyone) and bool((np.diff(places) == 1).all())
-            self._orders[device] = SequenceOrder(device_copy(places, device), device_copy(everyone, device), identity)
-        return self._orders[device]
+            return SequenceOrder(device_copy(places, device), device_copy(everyone, device), identity)
+
+        return self.memo.on("order", device, made)
 
 
 class ShardPair:
@@ -258,13 +263,14 @@ class ShardPair:
     Args:
         queries: of the query stream.
         keys: of the key stream; as many rows of the batch as the query stream.
+        memo: what follows from the two, for all that hold the same batch; None for one of this pair's own.
     """
 
-    def __init__(self, queries: Shard, keys: Shard) -> None:
+    def __init__(self, queries: Shard, keys: Shard, memo: Memo | None = None) -> None:
         self.queries = queries
         self.keys = keys
-        self._bands: dict[Mask, Table] = {}
-        self._fingerprints: dict[Mask, bytes] = {}
+        self.memo = Memo() if memo is None else memo
+        self._own = Memo()
 
     @property
     def is_crossing(self) -> bool:
@@ -275,6 +281,10 @@ class ShardPair:
         """The shard of stream ``"q"`` or ``"kv"``."""
         return self.queries if stream == "q" else self.keys
 
+    def memo_of(self, mask: Mask) -> Memo:
+        """Where to keep what follows from a mask: with the batch, or where masks may change, with this pair alone."""
+        return self.memo if is_value(mask) else self._own
+
     def visible_bands(self, mask: Mask) -> Table:
         """A mask's bands over all rows of the batch laid end to end, cut to real tokens; cached.
 
@@ -282,15 +292,19 @@ class ShardPair:
             InvalidValueError: a mask that does not fit the documents.
             UnsupportedError: a mask that has no meaning across two streams.
         """
-        if mask not in self._bands:
+
+        def bands() -> Table:
             documents, rows = (self.queries.documents, self.keys.documents), None
             if self.keys.padded_rows is not None:
                 rows = self.queries.validity, self.keys.validity
-            self._bands[mask] = visible_bands(mask, documents, rows)
-        return self._bands[mask]
+            return frozen(visible_bands(mask, documents, rows))
+
+        return self.memo_of(mask).get(("bands", mask), bands)
 
     def fingerprint(self, mask: Mask) -> bytes:
         """Bytes that two masks share where they say the same of this batch, cached."""
-        if mask not in self._fingerprints:
-            self._fingerprints[mask] = hashlib.blake2b(self.visible_bands(mask).tobytes(), digest_size=8).digest()
-        return self._fingerprints[mask]
+
+        def digest() -> bytes:
+            return hashlib.blake2b(self.visible_bands(mask).tobytes(), digest_size=8).digest()
+
+        return self.memo_of(mask).get(("fingerprint", mask), digest)

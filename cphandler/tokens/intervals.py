@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
@@ -30,6 +31,77 @@ def frozen(array: Table) -> Table:
     array = np.ascontiguousarray(array, dtype=np.int64)
     array.setflags(write=False)
     return array
+
+
+Narrow: TypeAlias = "Table | npt.NDArray[np.int32]"
+"""A table as :func:`narrowed` makes it."""
+
+_WIDE = (1 << 31) - 1
+"""What stands for :data:`UNBOUNDED` in 32 bits."""
+
+
+def narrowed(values: Table) -> Narrow:
+    """A table in half the bytes, to be sent to another process, where its numbers allow it; undo it by ``widened``."""
+    kept = np.where(np.abs(values) == UNBOUNDED, np.sign(values) * _WIDE, values)
+    beyond = (np.abs(values) >= _WIDE) & (np.abs(values) != UNBOUNDED)
+    return values if beyond.any() else kept.astype(np.int32)
+
+
+def widened(values: Narrow) -> Table:
+    """The table that :func:`narrowed` was given; read-only."""
+    wide = values.astype(np.int64)
+    if values.dtype == np.int32:
+        wide[wide == _WIDE], wide[wide == -_WIDE] = UNBOUNDED, -UNBOUNDED
+    return frozen(wide)
+
+
+def sorting(*columns: Table) -> Table:
+    """The order of rows by several columns of numbers not below 0, the first counts most; ties in any order."""
+    bounds = [int(column.max(initial=0)) + 1 for column in columns]
+    if math.prod(bounds) > UNBOUNDED:
+        return np.lexsort(columns[::-1])
+    key = columns[0]
+    for column, bound in zip(columns[1:], bounds[1:], strict=True):
+        key = key * bound + column
+    return np.argsort(key)
+
+
+def chosen(rows: Table, which: Table) -> Table:
+    """Some rows of a table, in that order; column by column in memory, for a table that is worked on by columns."""
+    columns = np.empty((rows.shape[1], len(which)), dtype=np.int64)
+    for i, column in enumerate(columns):
+        rows[:, i].take(which, out=column, mode="clip")
+    result: Table = columns.T
+    return result
+
+
+def by_number(numbers: Table) -> Table:
+    """The order of rows by a number that each has; those of one number stay in their order."""
+    few = numbers.max(initial=0) < 1 << 15 and numbers.min(initial=0) >= 0
+    return np.argsort(numbers.astype(np.int16) if few else numbers, kind="stable")  # 16 bits are sorted by their digits
+
+
+def merged(groups: Table, starts: Table, stops: Table) -> tuple[Table, Table, Table]:
+    """The unions of the intervals of each group, ``(group, start, stop)``, as few as there can be, ascending.
+
+    Args:
+        groups: a number for each interval; fast where there are few.
+        starts: where each begins, 0 or more; fast where those of a group ascend.
+        stops: where each ends, not empty; intervals that touch become one.
+    """
+    if not len(starts):
+        return groups, starts, stops
+    order = by_number(groups)
+    groups = groups.take(order)
+    base = groups * (int(stops.max()) + 1)  # groups laid end to end, so that one running maximum serves all
+    starts, stops = starts.take(order) + base, stops.take(order) + base
+    if (starts[1:] < starts[:-1]).any():
+        order = np.argsort(starts)
+        starts, stops = starts.take(order), stops.take(order)
+    stops = np.maximum.accumulate(stops)
+    opens = np.flatnonzero(np.append(True, starts[1:] > stops[:-1]))
+    base, last = base.take(opens), np.append(opens[1:], len(starts)) - 1
+    return groups.take(opens), starts.take(opens) - base, stops.take(last) - base
 
 
 def offsets_of(lengths: Table) -> Table:

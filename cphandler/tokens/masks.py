@@ -787,6 +787,10 @@ class PerDocument(_Remembering):
         """True where every document's mask is."""
         return all(mask.is_causal for mask, _ in self._groups)
 
+    @cached_property
+    def _is_value(self) -> bool:
+        return type(self) is PerDocument and all(is_value(mask) for mask in self.masks)
+
 
 @contextmanager
 def _naming(which: Table) -> Iterator[None]:
@@ -832,6 +836,10 @@ class AcrossDocuments(Mask):
     def is_causal(self) -> bool:
         """As the mask inside."""
         return self.mask.is_causal
+
+    @property
+    def _is_value(self) -> bool:
+        return type(self) is AcrossDocuments and is_value(self.mask)
 
 
 @dataclass(frozen=True)
@@ -1081,6 +1089,12 @@ def make_mask(mask: str | Mask) -> Mask:
         InvalidValueError: an unknown name.
     """
     if isinstance(mask, Mask):
+        if type(mask).__hash__ is None:
+            raise InvalidTypeError(
+                "a mask must be hashable: what follows from it is kept by it",
+                got=type(mask).__name__,
+                fix="let the class be a frozen dataclass, or define __hash__ beside __eq__",
+            )
         return mask
     if not isinstance(mask, str):
         raise InvalidTypeError(
@@ -1094,6 +1108,14 @@ def make_mask(mask: str | Mask) -> Mask:
             fix=f"choose one of {', '.join(named)}, or pass a Mask such as SlidingWindow(128)",
         )
     return named[mask.lower()]
+
+
+def is_value(mask: Mask) -> bool:
+    """Whether a mask is one of the library's, all through: it never changes, and equal ones say the same.
+
+    One of a caller's own class may be equal to others, or not equal to itself, for reasons of its own.
+    """
+    return mask._is_value if isinstance(mask, (PerDocument, AcrossDocuments)) else type(mask) in _VALUES
 
 
 MASKS: tuple[type[Mask], ...] = (
@@ -1111,3 +1133,5 @@ MASKS: tuple[type[Mask], ...] = (
     Bands,
 )
 """The library's masks."""
+
+_VALUES = frozenset(MASKS)
