@@ -174,6 +174,12 @@ class _PlanInUse:
         self.rows, self.masks = DeviceTables(), DeviceTables(MOST_MASKS)
         self._tasks: dict[tuple[int, int], Tasks] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        tables = sum(table.nbytes for kept in (self.rows, self.masks) for table in list(kept))
+        return tables + sum(tasks.nbytes for tasks in list(self._tasks.values()))
+
     def tasks(self, block: Block) -> Tasks:
         """The tasks of a block, with what kernels made of them where they are rows of this plan."""
         table = block.tasks[:, OWNER + 1 :]
@@ -200,9 +206,9 @@ def _unpacked(packed: Tensor) -> _PlanInUse:
 
 
 def bytes_kept_with(packed: Tensor) -> int:
-    """Bytes of the tables on devices that are kept with a packed plan."""
+    """Bytes of what is kept with a packed plan: tables on devices, and what kernels made of its tasks."""
     known: _PlanInUse | None = _in_use.get(packed)
-    return 0 if known is None else sum(table.nbytes for kept in (known.rows, known.masks) for table in list(kept))
+    return 0 if known is None else known.nbytes
 
 
 def attention(
