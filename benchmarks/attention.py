@@ -16,6 +16,7 @@ slowest, and the bytes all ranks sent beside the theoretical count. ``p2p@balanc
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -76,11 +77,14 @@ def summary(run: Run, console: Console, *, thorough: bool) -> None:
         console.print(table_of(run))
         return
     for ranks in sorted({work.ranks for work in run.results} - {1}):
+        seconds = statistics.median(run.plain.cpu())
+        console.print(f"[bold]{run.contest}, {ranks} ranks[/]", highlight=False)
+        console.print(f"x: to the plain kernel, {seconds:.3f} s", highlight=False)
         console.print(contest_table(run, ranks))
         for absent in run.absent:
             if absent.ranks == ranks:
                 console.print(f"  {absent.name} is absent: {absent.reason}", style="dim", highlight=False)
-        console.print()
+        console.print("the library's backends to each peer: median of repeats, 95% interval", highlight=False)
         console.print(interval_table(run, ranks))
 
 

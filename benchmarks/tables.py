@@ -68,13 +68,13 @@ def rows_of(run: Run) -> Iterator[tuple[str, ...]]:
 
 def table_of(run: Run) -> Table:
     """The library's backends, and the bytes they sent beside the theory."""
-    table = _table(str(run.contest), COLUMNS)
+    table = _table(COLUMNS, title=str(run.contest))
     for row in rows_of(run):
         table.add_row(*row)
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def _table(columns: Sequence[str], *, title: str | None = None) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
     for i, header in enumerate(columns):
         table.add_column(header, justify="right" if i else "left", no_wrap=True)
@@ -83,8 +83,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 def contest_table(run: Run, ranks: int) -> Table:
     """Everybody on a number of ranks: the library's backends with their floors, then peers, then who is absent."""
-    seconds = statistics.median(run.plain.cpu())
-    table = _table(f"{run.contest}, {ranks} ranks; x: to the plain kernel, {seconds:.3f} s", CONTEST_COLUMNS)
+    table = _table(CONTEST_COLUMNS)
     for work, result in run.of(ranks).items():
         wrong = result.errors.wrong(work.dtype) if result.errors else []
         style = "red" if wrong else "cyan" if work.is_ours else ""
@@ -135,10 +134,7 @@ def against(run: Run, work: Work, other: Work) -> Interval:
 def interval_table(run: Run, ranks: int) -> Table:
     """The library's backends against each peer, and against their own floors."""
     ours, peers = rivals(run, ranks)
-    table = _table(
-        f"CPU to that of a peer, {ranks} ranks: median, 95% interval over repeats",
-        ("", *(work.name for work in ours)),
-    )
+    table = _table(("CPU to that of", *(work.name for work in ours)))
     for peer in peers:
         table.add_row(peer.backend, *(_cell(against(run, work, peer)) for work in ours))
     own = [run.floor(work) for work in ours]
