@@ -18,7 +18,7 @@ import torch
 from benchmarks.intervals import paired_ratio
 from benchmarks.peers import peer_cls
 from benchmarks.runs import Result, Run
-from benchmarks.tables import against, ratios, rivals
+from benchmarks.tables import against, least_ratio, ratios, rivals
 from benchmarks.works import Work
 
 
@@ -92,7 +92,7 @@ def _contest(run: Run) -> dict[str, Any]:
 
 def _competitor(run: Run, work: Work, result: Result) -> dict[str, Any]:
     floor, errors = run.floor(work), result.errors
-    compared = ratios(result.cpu(), run.plain.cpu())
+    plain = run.plain.cpu()
     return {
         "name": work.name,
         "kind": "peer" if work.peer else "ours" if work.is_ours else "plain",
@@ -101,13 +101,13 @@ def _competitor(run: Run, work: Work, result: Result) -> dict[str, Any]:
         "errors": None if errors is None else errors._asdict(),
         "wrong": [] if errors is None else errors.wrong(work.dtype),
         "cpu_seconds": result.cpu(),
-        "cpu_ratio": {"least": min(compared), **paired_ratio(result.cpu(), run.plain.cpu())._asdict()},
-        "slowest_ratio": statistics.median(ratios(result.slowest(), run.plain.cpu())),
+        "cpu_ratio": {"least": least_ratio(result.cpu(), plain), **paired_ratio(result.cpu(), plain)._asdict()},
+        "slowest_ratio": statistics.median(ratios(result.slowest(), plain)),
         "wall_seconds": result.wall(),
         "sent_bytes": result.wire() if work.ranks > 1 else 0,
         "counted_bytes": result.sent()[1] if work.is_ours else None,
         "peak_bytes": result.peak,
         "floor_cpu_seconds": floor,
-        "floor_ratio": None if floor is None else statistics.median(ratios(floor, run.plain.cpu())),
+        "floor_ratio": None if floor is None else statistics.median(ratios(floor, plain)),
         "samples": [[asdict(sample) for sample in ranks] for ranks in result.samples],
     }

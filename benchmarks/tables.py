@@ -40,6 +40,11 @@ CONTEST_COLUMNS = (
 MIB = 2**20
 
 
+def least_ratio(times: Sequence[float], plain: Sequence[float]) -> float:
+    """The least of one to the least of the other: what each costs when nothing else is in its way."""
+    return min(times) / min(plain)
+
+
 def ratios(times: Sequence[float], plain: Sequence[float]) -> list[float]:
     """Repeat by repeat."""
     return [a / b for a, b in zip(times, plain, strict=True)]
@@ -105,7 +110,7 @@ def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> t
     return (
         name,
         *marked,
-        f"{min(compared):.3f}",
+        f"{least_ratio(result.cpu(), run.plain.cpu()):.3f}",
         f"{statistics.median(compared):.3f}",
         f"{statistics.median(slowest):.3f}",
         f"{statistics.median(result.wall()):.3f}",
@@ -115,8 +120,8 @@ def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> t
 
 
 def _floor(run: Run, work: Work, floor: Sequence[float]) -> tuple[str, ...]:
-    compared = ratios(floor, run.plain.cpu())
-    numbers = f"{min(compared):.3f}", f"{statistics.median(compared):.3f}", "", ""
+    plain = run.plain.cpu()
+    numbers = f"{least_ratio(floor, plain):.3f}", f"{statistics.median(ratios(floor, plain)):.3f}", "", ""
     return "  its floor", "", "", *numbers, f"{run.results[work].sent()[1] / MIB:.1f}", ""
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
 
 from benchmarks import floors, seats
 from benchmarks.intervals import paired_ratio
 from benchmarks.peers import PEERS, Peer, Shape, flash_attn_stand_in, peer_cls
 from benchmarks.reference import expected
-from benchmarks.runs import Errors, errors_of, turns, whole
+from benchmarks.runs import Errors, errors_of, run_contest, turns, whole
 from benchmarks.seats import Part
-from benchmarks.works import Absent, Work, peers_of
+from benchmarks.works import Absent, Contest, Work, peers_of
 from cphandler.testing import RankPool, assert_close, dense_gradients
 
 ROOT = Path(__file__).parent.parent
@@ -263,6 +265,25 @@ def test_the_worst_gradient_counts() -> None:
     assert lost.wrong("float32") == ["gradients"]
     assert Errors(1e-3, 1e-3).wrong("bfloat16") == []
     assert Errors(1e-3, float("nan")).wrong("float32") == ["output", "gradients"]
+
+
+class Pretending:
+    """A pool whose ranks come back with something else than attention."""
+
+    def run(self, function: Any, work: Work) -> list[Part]:
+        assert function is seats.part, "nothing is timed before it is checked"
+        tensors = expected(work, seats.global_tensors(work))
+        off = 1.0 if work.backend == "plain" else 1.0 + 1e-5
+        return [Part(torch.arange(work.tokens), [tensors[0], tensors[1], off * tensors[2], tensors[3]])]
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_a_backend_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, *, thorough: bool) -> None:
+    monkeypatch.setattr(seats, "peak", seats.part)
+    works = PLAIN, replace(PLAIN, backend="local")
+    pools: Any = {1: Pretending()}
+    with pytest.raises(AssertionError, match="dk of local on 1 ranks"):
+        run_contest(Contest("x", works), (), pools, repeats=1, thorough=thorough, console=Console(quiet=True))
 
 
 def test_the_reference_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
