@@ -77,9 +77,11 @@ def summary(run: Run, console: Console, *, thorough: bool) -> None:
         console.print(table_of(run))
         return
     for ranks in sorted({work.ranks for work in run.results} - {1}):
-        seconds = statistics.median(run.plain.cpu())
+        seconds, price = statistics.median(run.plain.cpu()), 1e9 * statistics.median(run.price(ranks))
         console.print(f"[bold]{run.contest}, {ranks} ranks[/]", highlight=False)
-        console.print(f"x: to the plain kernel, {seconds:.3f} s", highlight=False)
+        console.print(
+            f"x: to the plain kernel, {seconds:.3f} s; gloo's price: {price:.2f} s a gigabyte", highlight=False
+        )
         console.print(contest_table(run, ranks))
         for absent in run.absent:
             if absent.ranks == ranks:

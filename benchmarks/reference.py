@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.works import Work
 from cphandler.testing import dense_gradients
 
-ROWS = 512
+ROWS = 128
 """Queries of a strip, which bounds the memory of scores."""
 
 
