@@ -141,7 +141,8 @@ def main(
     if json is not None:
         records.write(json, runs, asked, {"repeats": repeats, "environment": ENVIRONMENT})
     if plot is not None:
-        pictures.draw(plot, runs, f"Attention under context parallelism, forward and backward, {repeats} repeats")
+        heading = f"Attention under context parallelism, forward and backward, {repeats} repeats"
+        pictures.draw(plot, runs, f"{heading}, torch {torch.__version__}")
     wrong = [
         work
         for run in runs

@@ -49,7 +49,7 @@ def draw(path: Path, runs: Sequence[Run], heading: str) -> None:
     figure.suptitle(heading, x=0.01, y=1 - 0.1 * inch, ha="left", va="top", fontsize=12, fontweight="bold")
     corner = (0.005, 1 - 0.32 * inch)
     figure.legend(handles=_legend(), loc="upper left", bbox_to_anchor=corner, ncols=4, frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.62 * inch), h_pad=2.2)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 * inch), h_pad=2.2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
     plt.close(figure)
