@@ -7,13 +7,15 @@ VENV ?= .venv
 # Which torch to install: any requirement pip understands. Takes effect when the environment is made (make clean first).
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
+# Other projects live in an environment of their own, so that the suite never meets them.
+PEERS := $(VENV)-peers
 DEMO ?=
 MINUTES ?=
 SEED ?=
 FUZZ ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all fuzz check format lint types build bench precision options planning blocks clean
+.PHONY: help demo test test-all fuzz check format lint types build bench bench-peers precision options planning blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -26,6 +28,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	grep -v '^torch==$(if $(KEEP_TORCH),\|^numpy==)' constraints.txt > $(VENV)/constraints.txt
 	$(if $(KEEP_TORCH),,$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt "$(TORCH)" numpy)
 	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt -e ".[dev]"
+	touch $@
+
+# deepspeed asks for torch while it is built, so torch comes first, and is then left as it is.
+$(PEERS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(if $(KEEP_TORCH),--system-site-packages) $(PEERS)
+	grep -v '^torch==$(if $(KEEP_TORCH),\|^numpy==)' constraints.txt > $(PEERS)/constraints.txt
+	$(if $(KEEP_TORCH),,$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt "$(TORCH)" numpy)
+	$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt setuptools wheel
+	$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt --no-build-isolation -e ".[peers]"
 	touch $@
 
 ## make demo      train on packed real documents on one rank and under context parallelism, and compare
@@ -65,7 +76,12 @@ build: $(VENV)/installed
 
 ## make bench     attention under every backend beside the plain kernel on one rank
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/attention.py $(BENCH)
+	$(BIN)/python -m benchmarks.attention $(BENCH)
+
+## make bench-peers  the same beside other projects, 4096 tokens; BENCH="--lengths 16384 --repeats 21" for more
+bench-peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m benchmarks.attention --peers --kv-heads 8 --kv-heads 2 \
+		--json bench_output/peers.json --plot bench_output/peers.png $(BENCH)
 
 ## make precision the error of bfloat16 on 1, 2, 4 and 8 ranks
 precision: $(VENV)/installed
@@ -84,4 +100,4 @@ blocks: $(VENV)/installed
 	$(BIN)/python -m benchmarks.blocks $(BENCH)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo_output bench_output .pytest_cache .mypy_cache .ruff_cache .hypothesis

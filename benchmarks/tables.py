@@ -1,0 +1,156 @@
+"""Contests as tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.table import Table
+
+from benchmarks.intervals import Interval, paired_ratio
+from benchmarks.runs import Result, Run
+from benchmarks.theory import theoretical_bytes
+from benchmarks.works import Work
+
+COLUMNS = (
+    "backend",
+    "ranks",
+    "fwd\ns",
+    "both\ns",
+    "fwd\nx",
+    "both\nx",
+    "slow\nx",
+    "sent\nMiB",
+    "theory\nMiB",
+)
+
+CONTEST_COLUMNS = (
+    "competitor",
+    "error\nof out",
+    "error\nof grads",
+    "CPU x\nleast",
+    "CPU x\nmedian",
+    "slow x\nmedian",
+    "wall\ns",
+    "sent\nMiB",
+    "peak\nMiB",
+)
+
+MIB = 2**20
+
+
+def least_ratio(times: Sequence[float], plain: Sequence[float]) -> float:
+    """The least of one to the least of the other: what each costs when nothing else is in its way."""
+    return min(times) / min(plain)
+
+
+def ratios(times: Sequence[float], plain: Sequence[float]) -> list[float]:
+    """Repeat by repeat."""
+    return [a / b for a, b in zip(times, plain, strict=True)]
+
+
+def rows_of(run: Run) -> Iterator[tuple[str, ...]]:
+    """Rows of the library's own table: medians of the sums over ranks, ratios repeat by repeat.
+
+    The slowest rank's time counts once for every rank: a layout that is not level makes the others wait.
+    """
+    for work, result in run.results.items():
+        seconds, compared = [], []
+        for kind in ("forward", "both"):
+            times, own = (
+                [sum(getattr(sample, kind) for sample in ranks) for ranks in taken.samples]
+                for taken in (result, run.plain)
+            )
+            seconds.append(statistics.median(times))
+            compared.append(statistics.median(ratios(times, own)))
+        compared.append(statistics.median(ratios(result.slowest(), run.plain.cpu())))
+        sent, theory = result.sent(), theoretical_bytes(work)
+        verdict = "-" if work.ranks == 1 else ("equal" if sent == theory else f"{theory[1] / MIB:.2f}")
+        numbers = [f"{number:.3f}" for number in (*seconds, *compared)]
+        yield work.name, str(work.ranks), *numbers, f"{sent[1] / MIB:.1f}", verdict
+
+
+def table_of(run: Run) -> Table:
+    """The library's backends, and the bytes they sent beside the theory."""
+    table = _table(COLUMNS, title=str(run.contest))
+    for row in rows_of(run):
+        table.add_row(*row)
+    return table
+
+
+def _table(columns: Sequence[str], *, title: str | None = None) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    for i, header in enumerate(columns):
+        table.add_column(header, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def contest_table(run: Run, ranks: int) -> Table:
+    """Everybody on a number of ranks: the library's backends with their floors, then peers, then who is absent."""
+    table = _table(CONTEST_COLUMNS)
+    for work, result in run.of(ranks).items():
+        wrong = result.errors.wrong(work.dtype) if result.errors else []
+        style = "red" if wrong else "cyan" if work.is_ours else ""
+        table.add_row(*_competitor(run, work, result, wrong), style=style)
+        floor = run.floor(work)
+        if floor is not None:
+            table.add_row(*_floor(run, work, floor), style="dim")
+    for absent in run.absent:
+        if absent.ranks == ranks:
+            table.add_row(absent.name, "absent", style="dim")
+    return table
+
+
+def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> tuple[str, ...]:
+    compared, slowest = (ratios(times, run.plain.cpu()) for times in (result.cpu(), result.slowest()))
+    wire, errors = result.wire(), result.errors
+    marked = [("" if errors is None else f"{error:.0e}") for error in errors or (0.0, 0.0)]
+    name = f"{work.name}, wrong {' and '.join(wrong)}" if wrong else work.name
+    return (
+        name,
+        *marked,
+        f"{least_ratio(result.cpu(), run.plain.cpu()):.3f}",
+        f"{statistics.median(compared):.3f}",
+        f"{statistics.median(slowest):.3f}",
+        f"{statistics.median(result.wall()):.3f}",
+        "-" if wire is None or work.ranks == 1 else f"{wire / MIB:.1f}",
+        "-" if result.peak is None else f"{result.peak / MIB:.1f}",
+    )
+
+
+def _floor(run: Run, work: Work, floor: Sequence[float]) -> tuple[str, ...]:
+    plain = run.plain.cpu()
+    numbers = f"{least_ratio(floor, plain):.3f}", f"{statistics.median(ratios(floor, plain)):.3f}", "", ""
+    return "  its floor", "", "", *numbers, f"{run.results[work].sent()[1] / MIB:.1f}", ""
+
+
+def rivals(run: Run, ranks: int) -> tuple[list[Work], list[Work]]:
+    """The library's backends and the peers that meet on a number of ranks."""
+    works = [work for work in run.results if work.ranks == ranks and ranks > 1]
+    return [work for work in works if work.is_ours], [work for work in works if work.peer is not None]
+
+
+def against(run: Run, work: Work, other: Work) -> Interval:
+    """CPU time of one competitor to another's, in the same repeats."""
+    return paired_ratio(run.results[work].cpu(), run.results[other].cpu())
+
+
+def interval_table(run: Run, ranks: int) -> Table:
+    """The library's backends against each peer, and against their own floors."""
+    ours, peers = rivals(run, ranks)
+    table = _table(("CPU to that of", *(work.name for work in ours)))
+    for peer in peers:
+        table.add_row(peer.backend, *(_cell(against(run, work, peer)) for work in ours))
+    own = [run.floor(work) for work in ours]
+    floors = [
+        "-" if floor is None else _cell(paired_ratio(run.results[work].cpu(), floor))
+        for work, floor in zip(ours, own, strict=True)
+    ]
+    table.add_row("its own floor", *floors, style="dim")
+    return table
+
+
+def _cell(interval: Interval) -> str:
+    style = "green" if interval.high < 1 else "red" if interval.low > 1 else "default"
+    return f"[{style}]{interval.median:.3f} {interval.low:.2f}-{interval.high:.2f}[/]"
