@@ -14,6 +14,8 @@ MINUTES ?=
 SEED ?=
 FUZZ ?=
 PYTEST ?=
+# Processes that share the test suite.
+WORKERS ?= 2
 
 .PHONY: help demo test test-all fuzz check format lint types build bench bench-peers precision options planning blocks clean
 
@@ -45,11 +47,11 @@ demo: $(VENV)/installed
 
 ## make test      the test suite
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST)
 
 ## make test-all  the test suite with the slow sweeps
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -q $(PYTEST)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
 
 ## make fuzz      random configurations against the dense reference, MINUTES=5 SEED=7 or FUZZ="--case 7:123"
 fuzz: $(VENV)/installed

@@ -23,6 +23,7 @@ from cphandler import (
     InvalidValueError,
     PrefixWindow,
     SlidingWindow,
+    clear_plan_cache,
     get_batch_on_this_cp_rank,
     get_cp_handler_cls,
     merge,
@@ -129,8 +130,9 @@ def test_a_callers_own_attention(ranks: RankPool, backend: str, cp_size: int, qk
 
 
 def tables_of_a_batch(case: Case) -> None:
-    """What the kernel and the exchange keep on a device serves all layers, and goes with the handler."""
+    """What the kernel and the exchange keep on a device serves all layers, and goes with the batch."""
     group, seed = group_of(case)
+    clear_plan_cache()
     gc.collect()
     before = set(loop._in_use.keys())
     handler = make_handler(case, group)
@@ -146,6 +148,9 @@ def tables_of_a_batch(case: Case) -> None:
         else:
             assert all(a() is b for a, b in zip(first, tables, strict=True))
     del handler, packed, tables
+    gc.collect()
+    assert all(table() is not None for table in first), "the same batch may come again"
+    clear_plan_cache()
     gc.collect()
     assert all(table() is None for table in first)
 
