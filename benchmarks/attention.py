@@ -102,7 +102,7 @@ def legend(*, thorough: bool) -> Iterator[str]:
     yield "inputs, outputs and gradients. floor: the same kernel calls alone, and the same bytes at gloo's price."
 
 
-def main(
+def main(  # noqa: PLR0913 - an option each
     *,
     ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeat for several.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backend, or backend@layout; repeat for several.")] = None,
@@ -114,6 +114,7 @@ def main(
     dtype: str = "float32",
     layout: Annotated[str | None, typer.Option(help="Layout of backends that name none; else their own.")] = None,
     tile: Annotated[int | None, typer.Option(help="CPConfig.tile, which balanced counts area in.")] = None,
+    kernel_cost: Annotated[int, typer.Option(help="CPConfig.kernel_cost, which balanced counts for a task.")] = 0,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
     peers: Annotated[bool, typer.Option("--peers", help="Other projects' attention takes part.")] = False,
     peer: Annotated[list[str] | None, typer.Option(help="module:class of one, in place of all; repeatable.")] = None,
@@ -128,7 +129,7 @@ def main(
     for key_heads in kv_heads or [8]:
         if heads % key_heads:
             raise typer.BadParameter(f"--heads must be a multiple of --kv-heads, got {heads} and {key_heads}")
-        plain = Work("plain", 1, (), heads, key_heads, head_dim, dtype, None, tile)
+        plain = Work("plain", 1, (), heads, key_heads, head_dim, dtype, None, tile, kernel_cost)
         if lengths or not pack:
             given = replace(plain, lengths=tuple(int(part) for part in (lengths or "4096").split(",")))
             entries.append(entry("lengths", tuple(works_of(given, counts, names, layout)), counts, asked))
