@@ -13,7 +13,7 @@ SEED ?=
 FUZZ ?=
 PYTEST ?=
 
-.PHONY: help demo test test-all fuzz check format lint types build bench precision options planning blocks clean
+.PHONY: help demo test test-all fuzz check format lint types build bench bench-model bench-network precision options planning blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -66,6 +66,14 @@ build: $(VENV)/installed
 ## make bench     attention under every backend beside the plain kernel on one rank
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/attention.py $(BENCH)
+
+## make bench-model    the demo's whole step: tokens a second, CPU seconds and memory beside one rank
+bench-model: $(VENV)/installed
+	$(BIN)/python -m benchmarks.model $(BENCH)
+
+## make bench-network  the same step over real links of 1 and 10 Gbit/s; needs root
+bench-network: $(VENV)/installed
+	$(BIN)/python -m benchmarks.network $(BENCH)
 
 ## make precision the error of bfloat16 on 1, 2, 4 and 8 ranks
 precision: $(VENV)/installed

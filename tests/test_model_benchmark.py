@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from benchmarks import model
 from benchmarks.batches import batches, pile_lengths
 from benchmarks.model import sizes
 from benchmarks.packs import packs
@@ -19,27 +19,23 @@ from cphandler.demo.model import GPTConfig
 from cphandler.demo.training import RunSettings
 from cphandler.errors import InvalidValueError
 
-ROOT = Path(__file__).parent.parent
 SMALL = RunSettings(model=GPTConfig(layers=1, width=32, heads=4, kv_heads=2, hidden=40))
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.model", "--layers", "1", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=ROOT)
-
-
-def test_steps_beside_one_rank(tmp_path: Path) -> None:
-    chosen = ["--seq-len", "512", "--at-tokens", "512", "--ranks", "2", "--steps", "2", "--documents", "pile"]
-    written = tmp_path / "model.json", tmp_path / "model.png"
-    done = bench(*chosen, "--run", "p2p@balanced", "--json", str(written[0]), "--plot", str(written[1]))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert max(map(len, done.stdout.splitlines())) <= 110
-    alone, pair = json.loads(written[0].read_text())["rows"]
+def test_steps_beside_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model, "ALLOCATOR", {})  # of the processes that a benchmark starts, not of this one
+    rows, picture = tmp_path / "model.json", tmp_path / "model.png"
+    named = {"documents": ["pile"], "run": ["p2p@balanced"], "json_file": rows, "plot": picture}
+    model.main(**named, seq_len=[512], at_tokens=512, ranks=[2], layers=1, steps=2)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
+    alone, pair = json.loads(rows.read_text())["rows"]
     assert (alone["run"], pair["run"], pair["ranks"]) == ("one rank", "p2p@balanced", 2)
     assert alone["cpu_ratio"] == alone["speedup"] == 1.0
     assert alone["sent_bytes"] == 0
-    assert 0 < pair["peak_bytes"] < alone["peak_bytes"], "half the rows on each rank"
-    assert written[1].stat().st_size > 10_000
+    assert 0 < pair["peak_bytes"] < 0.75 * alone["peak_bytes"], "half the rows on each rank"
+    assert picture.stat().st_size > 10_000
 
 
 def test_wrong_gradients_are_not_timed() -> None:
@@ -73,3 +69,7 @@ def test_what_cannot_run_is_refused() -> None:
     assert run_named("ring", 2, SMALL) == replace(SMALL, backend="ring", cp_size=2, layout="zigzag")
     with pytest.raises(InvalidValueError, match="choose one of zigzag"):
         run_named("ring@replicated", 2, SMALL)
+    with pytest.raises(typer.BadParameter, match="--documents takes pile, sources, dense"):
+        model.main(documents=["books"])
+    with pytest.raises(typer.BadParameter, match="no --plot"):
+        model.main(speedup=True, plot=Path("model.png"))
