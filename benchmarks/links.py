@@ -229,12 +229,11 @@ def wire_bytes() -> int:
 
 
 def bits_per_second(size: int) -> float:
-    """How fast the first rank's link carries ``size`` bytes to the second, in one message."""
+    """How fast the first rank's link carries ``size`` bytes to the second, in one message: the best of a few."""
     if dist.get_rank() > 1:
         return 0.0
-    message = torch.zeros(size, dtype=torch.uint8)
-    started = 0.0
-    for _ in range(2):  # the first one warms the connection
+    message, best = torch.zeros(size, dtype=torch.uint8), 0.0
+    for _ in range(4):  # other work on the machine makes some slower; the first one warms the connection
         started = time.perf_counter()
         if dist.get_rank() == 0:
             dist.send(message, group=group(), group_dst=1)
@@ -242,4 +241,5 @@ def bits_per_second(size: int) -> float:
         else:
             dist.recv(message, group=group(), group_src=0)
             dist.send(message[:1], group=group(), group_dst=0)
-    return 8 * size / (time.perf_counter() - started)
+        best = max(best, 8 * size / (time.perf_counter() - started))
+    return best

@@ -150,7 +150,7 @@ class Course:
     def probed(self, rate: str) -> float:
         """Bits per second over links of a rate."""
         self._links.limit(rate)
-        return float(max(self._linked.run(links.bits_per_second, PROBE)))
+        return float(self._linked.run(links.bits_per_second, PROBE)[0])
 
     def alone(self, batch: dict[str, Any]) -> float:
         """Seconds of a step of one rank."""
