@@ -17,7 +17,8 @@ PYTEST ?=
 # Processes that share the test suite.
 WORKERS ?= 2
 
-.PHONY: help demo test test-all fuzz check format lint types build bench bench-peers precision options planning blocks clean
+.PHONY: help demo test test-all fuzz check format lint types build
+.PHONY: bench bench-peers bench-model bench-network precision options planning blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -85,9 +86,17 @@ bench-peers: $(PEERS)/installed
 	$(PEERS)/bin/python -m benchmarks.attention --peers --kv-heads 8 --kv-heads 2 \
 		--json bench_output/peers.json --plot bench_output/peers.png $(BENCH)
 
+## make bench-model    the demo's whole step: tokens a second, CPU seconds and memory beside one rank
+bench-model: $(VENV)/installed
+	$(BIN)/python -m benchmarks.model $(BENCH)
+
+## make bench-network  the same step over real links of 1 and 10 Gbit/s; needs root
+bench-network: $(VENV)/installed
+	$(BIN)/python -m benchmarks.network $(BENCH)
+
 ## make precision the error of bfloat16 on 1, 2, 4 and 8 ranks
 precision: $(VENV)/installed
-	$(BIN)/python benchmarks/precision.py $(BENCH)
+	$(BIN)/python -m benchmarks.precision $(BENCH)
 
 ## make planning  what layouts move and how level they are, on honest document lengths
 planning: $(VENV)/installed
@@ -95,7 +104,7 @@ planning: $(VENV)/installed
 
 ## make options   what each option of attention costs, on one rank
 options: $(VENV)/installed
-	$(BIN)/python benchmarks/options.py $(BENCH)
+	$(BIN)/python -m benchmarks.options $(BENCH)
 
 ## make blocks    by which numbers kernels and exchanges cut their work, timed on this machine
 blocks: $(VENV)/installed

@@ -5,12 +5,12 @@ to the plain kernel on one rank (median of interleaved repeats), the same ratio 
 slowest, and the bytes all ranks sent beside the theoretical count. ``p2p@balanced`` is a backend on a layout. With
 ``--peers``, other projects' attention takes part (see ``benchmarks/README.md``).
 
-    python benchmarks/attention.py                      # one causal sequence of 4096 tokens
-    python benchmarks/attention.py --kv-heads 2 --ranks 2 --ranks 4
-    python benchmarks/attention.py --lengths 900,64,243,1500,1389 --layout zigzag
-    python benchmarks/attention.py --pack pile:0 --pack prolong64k:3      # honest lengths, 8192 tokens a rank
-    python benchmarks/attention.py --pack pile:0 --backend ring --backend p2p --backend p2p@balanced
-    python benchmarks/attention.py --peers --lengths 16384 --repeats 5 --json speed.json --plot speed.png
+    python -m benchmarks.attention                      # one causal sequence of 4096 tokens
+    python -m benchmarks.attention --kv-heads 2 --ranks 2 --ranks 4
+    python -m benchmarks.attention --lengths 900,64,243,1500,1389 --layout zigzag
+    python -m benchmarks.attention --pack pile:0 --pack prolong64k:3      # honest lengths, 8192 tokens a rank
+    python -m benchmarks.attention --pack pile:0 --backend ring --backend p2p --backend p2p@balanced
+    python -m benchmarks.attention --peers --lengths 16384 --repeats 5 --json speed.json --plot speed.png
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import pictures, records
+from benchmarks.allocator import ALLOCATOR
 from benchmarks.peers import PEERS
 from benchmarks.runs import Run, run_contest
 from benchmarks.tables import contest_table, interval_table, table_of
@@ -37,14 +38,11 @@ from benchmarks.works import Absent, Contest, Work, pack_lengths, peers_of, work
 from cphandler.testing import RankPool
 
 ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 28),
+    **ALLOCATOR,
     "OMP_NUM_THREADS": "1",
     "KINETO_LOG_LEVEL": "99",
 }
-"""Of every rank. Without the first three, glibc returns every large buffer to the system, and page faults dominate for
-all alike; a rank has one thread; the profiler that watches kernel calls says nothing of its own."""
+"""Of every rank, which has one thread; the profiler that watches kernel calls says nothing of its own."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def legend(*, thorough: bool) -> Iterator[str]:
     yield "inputs, outputs and gradients. floor: the same kernel calls alone, and the same bytes at gloo's price."
 
 
-def main(
+def main(  # noqa: PLR0913 - an option each
     *,
     ranks: Annotated[list[int] | None, typer.Option(help="Ranks; repeat for several.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backend, or backend@layout; repeat for several.")] = None,
@@ -114,6 +112,7 @@ def main(
     dtype: str = "float32",
     layout: Annotated[str | None, typer.Option(help="Layout of backends that name none; else their own.")] = None,
     tile: Annotated[int | None, typer.Option(help="CPConfig.tile, which balanced counts area in.")] = None,
+    kernel_cost: Annotated[int, typer.Option(help="CPConfig.kernel_cost, which balanced counts for a task.")] = 0,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
     peers: Annotated[bool, typer.Option("--peers", help="Other projects' attention takes part.")] = False,
     peer: Annotated[list[str] | None, typer.Option(help="module:class of one, in place of all; repeatable.")] = None,
@@ -128,7 +127,7 @@ def main(
     for key_heads in kv_heads or [8]:
         if heads % key_heads:
             raise typer.BadParameter(f"--heads must be a multiple of --kv-heads, got {heads} and {key_heads}")
-        plain = Work("plain", 1, (), heads, key_heads, head_dim, dtype, None, tile)
+        plain = Work("plain", 1, (), heads, key_heads, head_dim, dtype, None, tile, kernel_cost)
         if lengths or not pack:
             given = replace(plain, lengths=tuple(int(part) for part in (lengths or "4096").split(",")))
             entries.append(entry("lengths", tuple(works_of(given, counts, names, layout)), counts, asked))

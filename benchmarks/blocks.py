@@ -48,10 +48,11 @@ def cut_by(kernel_cls: type[BlockKernel], cutter: Cutter) -> BlockKernel:
     return made
 
 
-def attention(kernel: BlockKernel, task: Task, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward of one task."""
-    q, k, v, grad = (torch.randn(1, rows, HEADS, DIM).to(dtype) for rows in (task.nq, task.nk, task.nk, task.nq))
-    softmax, tasks = Softmax(DIM**-0.5, masks=DeviceTables()), Tasks.of(task)
+def attention(kernel: BlockKernel, dtype: torch.dtype, *several: Task) -> Callable[[], None]:
+    """Forward and backward of some tasks."""
+    rows, keys = (max(getattr(task, side).stop for task in several) for side in ("rows", "keys"))
+    q, k, v, grad = (torch.randn(1, length, HEADS, DIM).to(dtype) for length in (rows, keys, keys, rows))
+    softmax, tasks = Softmax(DIM**-0.5, masks=DeviceTables()), Tasks.of(*several)
 
     def run() -> None:
         result = AttentionSum(q, DIM)
@@ -100,16 +101,26 @@ def questions() -> Iterator[tuple[str, dict[str, Callable[[], None]]]]:
             ways["one square"] = lambda task: iter([task])
             yield (
                 f"causal {n}, {kind}",
-                {way: attention(cut_by(TorchCpuKernel, c), task, dtype) for way, c in ways.items()},
+                {way: attention(cut_by(TorchCpuKernel, c), dtype, task) for way, c in ways.items()},
             )
         window = Task(0, 1024, 0, 7168, -6144, 0)
         ways = {f"apart from {w}": partial(strips, rows=128, widest=w) for w in (512, 1024, 2048, 4096, 8192)}
-        yield f"window, {kind}", {way: attention(cut_by(TorchCpuKernel, c), window, dtype) for way, c in ways.items()}
+        yield f"window, {kind}", {way: attention(cut_by(TorchCpuKernel, c), dtype, window) for way, c in ways.items()}
     full = Task(0, 2048, 0, 4096, -UNBOUNDED, UNBOUNDED)
     ways = {f"{r} x {c}": partial(tiles, rows=r, columns=c) for r in (64, 256, 1024) for c in (512, 2048)}
-    yield "tiles", {way: attention(cut_by(ReferenceKernel, c), full, torch.float32) for way, c in ways.items()}
+    yield "tiles", {way: attention(cut_by(ReferenceKernel, c), torch.float32, full) for way, c in ways.items()}
     for runs in (4, 8, 16, 32, 64, 256):
         yield f"{runs} runs", {"one by one": copying(runs, runs), "by index": copying(runs, 0)}
+
+
+def launch_pairs(dtype: torch.dtype, repeats: int) -> int:
+    """Pairs that a task costs beside its own: many short causal documents beside one full block."""
+    many, rows, side = 256, 16, 2048
+    short = [Task(rows * i, rows, rows * i, rows, -UNBOUNDED, 0) for i in range(many)]
+    block = Task(0, side, 0, side, -UNBOUNDED, UNBOUNDED)
+    ways = {"short": attention(TorchCpuKernel(), dtype, *short), "block": attention(TorchCpuKernel(), dtype, block)}
+    seconds = timed(ways, repeats)
+    return round(seconds["short"] / many / seconds["block"] * side**2 - rows * (rows + 1) / 2)
 
 
 def main(*, repeats: Annotated[int, typer.Option(help="Repeats of each way.")] = 7) -> None:
@@ -123,7 +134,10 @@ def main(*, repeats: Annotated[int, typer.Option(help="Repeats of each way.")] =
         best = min(seconds.values())
         ratios = ", ".join(f"{way} {value / best:.2f}" for way, value in seconds.items())
         shown.add_row(name, f"{1000 * best:.1f}", ratios)
-    Console(width=150).print(shown)
+    console = Console(width=150)
+    console.print(shown)
+    for dtype in (torch.float32, torch.bfloat16):
+        console.print(f"a task costs as much as {launch_pairs(dtype, repeats)} pairs, {HEADS} heads of {DIM}, {dtype}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Prints, per option, the CPU seconds of a causal forward pass (median of interlea
 repeat, its ratio to the plain call and to the plain call of the tile kernel. Every option is checked against the dense
 float64 reference first, over a shorter batch.
 
-    python benchmarks/options.py
+    python -m benchmarks.options
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.allocator import ALLOCATOR
 from cphandler import CPConfig, SlidingWindow, get_cp_handler_cls
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch, Case
 from cphandler.testing.laws import check_all
-
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
-"""Without these, glibc returns every large buffer to the system, and page faults dominate for all alike."""
 
 PLAIN, TILES = "plain", "plain, tile kernel"
 

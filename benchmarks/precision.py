@@ -3,7 +3,7 @@
 Prints, per backend, the largest relative L2 error over ranks of the output and of each gradient at 1, 2, 4 and 8 ranks,
 and its ratio to one rank with the same kernel.
 
-    python benchmarks/precision.py
+    python -m benchmarks.precision
 """
 
 from __future__ import annotations

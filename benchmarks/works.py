@@ -32,6 +32,7 @@ class Work:
         dtype: name of the dtype.
         layout: layout name, or None for the backend's own.
         tile: rows of a kernel's tile, which the balanced layout counts area in; None counts pairs.
+        kernel_cost: pairs that a task is worth in the balanced layout beside its own.
         peer: ``module:class`` of another project's attention; None for the library's.
     """
 
@@ -44,6 +45,7 @@ class Work:
     dtype: str
     layout: str | None
     tile: int | None = None
+    kernel_cost: int = 0
     peer: str | None = None
 
     @property
@@ -69,7 +71,7 @@ class Work:
     def settings(self) -> dict[str, Any]:
         """What a handler is told, but for its group."""
         batch = {"qkv_format": "thd", "cu_seqlens_q": self.documents().offsets}
-        return {**batch, "layout": self.layout, "config": CPConfig(tile=self.tile)}
+        return {**batch, "layout": self.layout, "config": CPConfig(tile=self.tile, kernel_cost=self.kernel_cost)}
 
     def documents(self) -> Documents:
         """The packed documents."""

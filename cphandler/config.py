@@ -29,6 +29,9 @@ class CPConfig(BaseModel):
             smallest divisor of the group's size that is at least its square root.
         tile: rows of the attention kernel's tile, 128 say. The ``balanced`` layout then counts a task's area in whole
             tiles, which is what many short documents cost a GPU; None counts pairs.
+        kernel_cost: what a task costs the kernel beside its own pairs, said in pairs: a launch, what it does once. The
+            ``balanced`` layout then counts it for every document, so that a rank with many short ones has less else to
+            do. ``make blocks`` shows it for this machine; 0 counts nothing.
         gradient_wire_dtype: dtype in which key and value gradients travel where each contribution travels once (p2p,
             all_gather, a2a+p2p); sums stay in the accumulator's, which is also what None sends.
     """
@@ -41,6 +44,7 @@ class CPConfig(BaseModel):
     timeout: float | None = Field(default=None, ge=1e-3, le=1e9)
     ulysses_degree: int | None = Field(default=None, ge=1)
     tile: int | None = Field(default=None, ge=1)
+    kernel_cost: int = Field(default=0, ge=0, le=1 << 40)
     gradient_wire_dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="before")

@@ -29,6 +29,8 @@ from cphandler import (
     SharedQuestion,
     SlidingWindow,
     UnsupportedError,
+    get_cp_handler_cls,
+    plan_batch,
 )
 from cphandler.layouts.balance import balanced
 from cphandler.layouts.layout import contiguous, cut_by_spans, zigzag
@@ -38,6 +40,7 @@ from cphandler.layouts.workload import Workload
 from cphandler.plan.cost import rank_cost
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.metadata import StreamMetadata, dense_streams
+from tests.test_errors import Seat
 from tests.test_support import LENGTHS, masks_over
 
 Dense = npt.NDArray[np.bool_]
@@ -274,6 +277,45 @@ def test_work_in_whole_tiles() -> None:
     )
     assert level(in_tiles) <= 1.06
     assert level(in_pairs) > 1.2, "negative control: level in pairs is not level in tiles"
+
+
+def test_a_cost_for_each_document() -> None:
+    """Level in pairs and launches together; where launches cost nothing, the rank of the short documents is late."""
+    cost, lengths = 5000, [1500, 1200, 900, *[8] * 300]
+    offsets = documents_of(lengths).offsets
+
+    def level(layout: Layout) -> float:
+        spent = []
+        for spans in layout.spans:
+            total = 0
+            for start, rows in spans[:, :2].tolist():
+                first = np.searchsorted(offsets, start, side="right") - 1
+                last = np.searchsorted(offsets, start + rows, side="left")
+                for i in range(first, last):
+                    low, high = max(start, offsets[i]) - offsets[i], min(start + rows, offsets[i + 1]) - offsets[i]
+                    share = cost * (high - low) / lengths[i]  # of a cut document, a part
+                    total += (high * (high + 1) - low * (low + 1)) / 2 + share
+            spent.append(total)
+        return float(max(spent) / np.mean(spent))
+
+    documents = documents_of(lengths)
+    stream = StreamMetadata(documents, None, documents.max_length)
+    counted, free = (
+        place(("balanced", "balanced"), stream, stream, Causal(), 4, kernel_cost=price)[0] for price in (cost, 0)
+    )
+    assert level(counted) <= 1.03
+    assert level(free) > 1.2, "negative control: level in pairs alone is not level"
+    ahead = plan_batch(offsets, 4, layout="balanced", kernel_cost=cost).layout
+    assert ahead == counted != free
+    for rank in range(4):
+        handler = get_cp_handler_cls("p2p")(
+            cp_group=Seat(4, rank),
+            qkv_format="thd",
+            cu_seqlens_q=offsets,
+            layout="balanced",
+            config=CPConfig(kernel_cost=cost),
+        )
+        assert handler.layout == counted
 
 
 def test_padding_weighs_nothing() -> None:

@@ -669,3 +669,51 @@ def test_each_stream_has_its_own_tables(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(tables.get("x", cpu, lambda: torch.zeros(())))
     assert seen[0] is seen[2]
     assert seen[0] is not seen[1]
+
+
+class Counting(type(get_kernel("torch", "cpu"))):  # type: ignore[misc]
+    """The torch kernel, which counts its calls."""
+
+    calls = 0
+
+    def block_forward(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return super().block_forward(*arguments)
+
+
+SIDE_BY_SIDE = {
+    "documents": ([Task(7 * i, 7, 7 * i, 7, -UNBOUNDED, 0) for i in range(9)], 1),
+    "windows": ([Task(5 * i, 5, 8 * i, 8, -2, 3) for i in range(4)], 1),
+    "full": ([Task(5 * i, 5, 8 * i, 8, *FULL) for i in range(4)], 1),
+    "one that differs": ([Task(7 * i + (i > 2), 7, 7 * i, 7, -UNBOUNDED, 0) for i in range(6)], 2),
+    "keys apart": ([Task(7 * i, 7, 9 * i, 7, -UNBOUNDED, 0) for i in range(3)], 3),
+    "the same keys": ([Task(7 * i, 7, 0, 7, -UNBOUNDED, 0) for i in range(3)], 3),
+    "two kinds": ([Task(7 * i, 7, 7 * i, 7, -UNBOUNDED, 0 if i < 2 else UNBOUNDED) for i in range(5)], 2),
+    "none": ([], 0),
+}
+
+
+@pytest.mark.parametrize(("tasks", "calls"), SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_equal_blocks_side_by_side_are_one_call(tasks: list[Task], calls: int, dtype: torch.dtype, batch: int) -> None:
+    generator = torch.Generator().manual_seed(batch)
+    shapes = [(batch, 70, 4, 8), (batch, 71, 2, 8), (batch, 71, 2, 11), (batch, 70, 4, 11), (batch, 70, 4)]
+    q, k, v, grad, grad_lse = (torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes)
+    leaves = [x.double().clone().requires_grad_() for x in (q, k, v)]
+    seen = torch.stack([open_cells(task, 70, 71) for task in tasks]).any(0) if tasks else torch.zeros(70, 71).bool()
+    expected, expected_lse = dense(*leaves, seen, PLAIN)
+    covered = seen.any(1)
+    total = (expected * grad.double()).sum() + (expected_lse * grad_lse.double())[:, covered].sum()
+    wanted = torch.autograd.grad(total, leaves)
+    kernel, result = Counting(), AttentionSum(q, 11)
+    kernel.forward(q, k, v, Tasks.of(*tasks), PLAIN, result)
+    assert kernel.calls == calls
+    out, lse = result.total()
+    grads = Gradients(*(RowSum.like(x) for x in (q, k, v)))
+    saved = Saved(q, out, lse, grad, grad_lse.to(lse.dtype))
+    kernel.backward(saved, k, v, Tasks.of(*tasks), PLAIN, grads)
+    assert_close(out, expected, dtype=dtype)
+    assert_close(lse, expected_lse, dtype=lse.dtype if dtype == torch.float64 else dtype)
+    for grad_of, e in zip(grads, wanted, strict=True):
+        assert_close(grad_of.total(), e, dtype=dtype)

@@ -164,8 +164,14 @@ ROWS: dict[str, Row] = {
             "cu_seqlens_padded": [0, 8, 16],
             "cp_comm_type": "ring",
             "tile": 4,
+            "kernel_cost": 30,
         },
-        {"cp_size": {"one", "five"}, "cu_seqlens_padded": {"None"}, "tile": {"one", "five", "None"}},
+        {
+            "cp_size": {"one", "five"},
+            "cu_seqlens_padded": {"None"},
+            "tile": {"one", "five", "None"},
+            "kernel_cost": {"zero", "one", "five"},
+        },
     ),
     "BatchPlan.plan": Row(PLAN.plan, lambda: {"rank": 0}, {"rank": {"zero", "one"}}),
     "BatchPlan.stats": Row(

@@ -109,7 +109,7 @@ class LayoutHandler(ContextParallelHandler):
                 fix="pass one layout; cu_seqlens_kv or max_seqlen_kv make a key stream",
             )
         first, second = (self.default_layout if spec is None else spec for spec in specs)
-        seat = Seat(self.cp_size, self.cp_rank, self.device, self.config.tile)
+        seat = Seat(self.cp_size, self.cp_rank, self.device, self.config.tile, self.config.kernel_cost)
         batch = cut_batch((first, second), self.queries, self.keys, self.mask, seat)
         for shard in (batch.queries, batch.keys):
             self._check_one_rank(shard.layout)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +16,52 @@ from cphandler.kernels.task import Task, Tasks
 
 
 class Piece(NamedTuple):
-    """A block and where it lies."""
+    """A block, or several alike that lie side by side, and where they lie.
+
+    Attributes:
+        block: the first of them.
+        rows: the query rows of all.
+        keys: their keys.
+        number: how many they are.
+    """
 
     block: Task
     rows: slice
     keys: slice
+    number: int
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Their rows ``[B, number * n, ...]`` of a tensor as rows of a batch, ``[B * number, n, ...]``."""
+        return x if self.number == 1 else x.unflatten(1, (self.number, -1)).flatten(0, 1)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        """What :meth:`fold` was given, from what it gave."""
+        return x if self.number == 1 else x.unflatten(0, (-1, self.number)).flatten(1, 2)
+
+
+def joined(blocks: Iterable[Task]) -> Iterator[Piece]:
+    """Blocks, with runs of equal ones that lie side by side as one piece."""
+    count, first, last = 0, None, None
+    for block in blocks:
+        if last is not None and first is not None:
+            if block == (last.q + last.nq, last.nq, last.k + last.nk, *last[3:]):
+                count, last = count + 1, block
+                continue
+            yield _piece(first, last, count)
+        count, first, last = 1, block, block
+    if last is not None and first is not None:
+        yield _piece(first, last, count)
+
+
+def _piece(first: Task, last: Task, count: int) -> Piece:
+    return Piece(first, slice(first.q, last.q + last.nq), slice(first.k, last.k + last.nk), count)
 
 
 class BlockKernel(Kernel):
     """A kernel that computes one block of query rows against one block of key rows at a time."""
+
+    batches: ClassVar[bool] = False
+    """Whether equal blocks side by side, as of equal documents, may come as rows of a batch; never with dropout."""
 
     @abstractmethod
     def blocks(self, task: Task, dtype: torch.dtype) -> Iterator[Task]:
@@ -42,25 +79,29 @@ class BlockKernel(Kernel):
 
     def prepare(self, tasks: Tasks, dtype: torch.dtype, device: torch.device) -> list[Piece]:
         """All blocks of the tasks, in order."""
-        return [Piece(block, block.rows, block.keys) for task in tasks for block in self.blocks(task, dtype)]
+        blocks = (block for task in tasks for block in self.blocks(task, dtype))
+        return list(joined(blocks)) if self.batches else [_piece(block, block, 1) for block in blocks]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, result: AttentionSum) -> None:
         """See :meth:`Kernel.forward`."""
         softmax = self._accepted(softmax)
-        for block, rows, keys in self.prepared(tasks, q):
+        for piece in self.prepared(tasks, q):
+            block, rows, keys, _ = piece
             part = softmax if softmax.dropout is None else softmax.of(rows, keys)
-            out, lse = self.block_forward(q[:, rows], k[:, keys], v[:, keys], block, part)
-            result.merge(rows, out, lse)
+            queries, block_keys, values = piece.fold(q[:, rows]), piece.fold(k[:, keys]), piece.fold(v[:, keys])
+            out, lse = self.block_forward(queries, block_keys, values, block, part)
+            result.merge(rows, piece.unfold(out), piece.unfold(lse))
 
     def backward(self, saved: Saved, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, grads: Gradients) -> None:
         """See :meth:`Kernel.backward`."""
         softmax = self._accepted(softmax)
-        for block, rows, keys in self.prepared(tasks, saved.q):
+        for piece in self.prepared(tasks, saved.q):
+            block, rows, keys, _ = piece
             part = softmax if softmax.dropout is None else softmax.of(rows, keys)
-            dq, dk, dv = self.block_backward(saved.of(rows), k[:, keys], v[:, keys], block, part)
-            grads.dq.add(rows, dq)
-            grads.dk.add(keys, dk)
-            grads.dv.add(keys, dv)
+            seen_from = Saved(*(None if x is None else piece.fold(x[:, rows]) for x in saved))  # type: ignore[arg-type]
+            found = self.block_backward(seen_from, piece.fold(k[:, keys]), piece.fold(v[:, keys]), block, part)
+            for total, at, part_of in zip(grads, (rows, keys, keys), found, strict=True):
+                total.add(at, piece.unfold(part_of))
 
     def _accepted(self, softmax: Softmax) -> Softmax:
         """The same with a place for masks.

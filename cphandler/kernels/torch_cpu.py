@@ -66,6 +66,7 @@ class TorchCpuKernel(BlockKernel):
     """torch's CPU flash attention; float16, bfloat16, float32, float64, grouped-query heads."""
 
     name = "torch"
+    batches = True
     refuses: ClassVar[Mapping[str, str]] = OPTIONS
 
     def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -74,6 +74,7 @@ def place(
     cp_size: int,
     *,
     tile: int | None = None,
+    kernel_cost: int = 0,
     bands: BandsOf | None = None,
 ) -> tuple[Layout, Layout]:
     """The layouts of the query and the key stream; the same object twice for self attention.
@@ -85,6 +86,7 @@ def place(
         mask: who sees whom.
         cp_size: ranks P.
         tile: rows of the kernel's tile, that work is rounded up to; None counts pairs.
+        kernel_cost: pairs that a task costs beside its own.
         bands: :func:`stream_bands` of the two streams, for a caller who keeps them; None makes them here.
 
     Raises:
@@ -99,7 +101,7 @@ def place(
         layout = make_layout(_known(specs[0]), queries.documents.offsets, cp_size)
     else:
         check_rows(BALANCED, queries.documents.num_tokens, cp_size)
-        work = Workload.of(queries.documents.num_tokens, own, tile=tile, crossing=crossing)
+        work = Workload.of(queries.documents.num_tokens, own, tile=tile, kernel_cost=kernel_cost, crossing=crossing)
         layout = balanced(work, cp_size)
     if not crossing:
         return layout, layout

@@ -191,6 +191,7 @@ class Workload:
         bands: Sequence[tuple[Table, int]],
         *,
         tile: int | None = None,
+        kernel_cost: int = 0,
         crossing: bool = False,
     ) -> Workload:
         """The work of some masks.
@@ -199,15 +200,17 @@ class Workload:
             num_tokens: tokens of the query stream.
             bands: for each mask its ``[n, 6]`` bands over the stream, and how many layers have it.
             tile: rows of the kernel's tile: a run of rows costs whole tiles. None counts pairs.
+            kernel_cost: pairs that each band costs beside its own; its rows share them.
             crossing: keys are another stream.
 
         Raises:
             InvalidValueError: layers or tiles so large that the work of one row is past int64, or too many tiles.
         """
         masks = [(tightened(table), weight) for table, weight in bands]
-        _check_countable(masks, tile)
+        _check_countable(masks, tile, kernel_cost)
         edges = _units(num_tokens, [table for table, _ in masks], crossing)
         pieces = [_segments(table, weight) if tile is None else _tiled(table, weight, tile) for table, weight in masks]
+        pieces += [_launches(table, weight, kernel_cost) for table, weight in masks if kernel_cost]
         segments = _summed(np.concatenate([*pieces, table([], 4)]), edges)
         reaches = [_reaches(table, weight, edges, crossing) for table, weight in masks]
         first = np.searchsorted(segments[:, 0], edges)
@@ -220,12 +223,12 @@ class Workload:
         return cls(num_tokens, tuple(units), sum(weight for _, weight in bands))
 
 
-def _check_countable(masks: Sequence[tuple[Table, int]], tile: int | None) -> None:
+def _check_countable(masks: Sequence[tuple[Table, int]], tile: int | None, kernel_cost: int) -> None:
     """Refuse what the integer columns cannot hold; sums over rows are Python's integers, and have no limit."""
     most, tiles, size = 0, 0, tile or 1
     for bands, weight in masks:
         keys = int((bands[:, K1] - bands[:, K0]).astype(float).sum())
-        most += weight * (keys + len(bands) * size) * (1 if tile is None else size)
+        most += weight * ((keys + len(bands) * size) * (1 if tile is None else size) + len(bands) * kernel_cost)
         tiles += 0 if tile is None else int((-(-(bands[:, Q1] - bands[:, Q0]) // min(tile, UNBOUNDED))).sum())
     if most >= UNBOUNDED:
         raise InvalidValueError(
@@ -291,6 +294,13 @@ def _tiled(bands: Table, weight: int, tile: int) -> Table:
     keys = np.minimum(rows[:, K1], last + rows[:, HI]) - np.maximum(rows[:, K0], first + rows[:, LO])
     area = tile * tile * -(-keys // tile)
     return np.stack([first, last, weight * -(-area // (last - first)), np.zeros_like(first)], axis=1)
+
+
+def _launches(bands: Table, weight: int, kernel_cost: int) -> Table:
+    """Segments of what each band costs once, in equal parts on its rows."""
+    first, last = bands[:, Q0], bands[:, Q1]
+    share = -(-kernel_cost // np.maximum(last - first, 1))
+    return np.stack([first, last, weight * share, np.zeros_like(first)], axis=1)
 
 
 def _summed(parts: Table, edges: Table) -> Table:

@@ -35,8 +35,13 @@ from cphandler.tokens.metadata import StreamMetadata
 COMM_TYPES: dict[str, Needs] = {"p2p": "stages", "ring": "hops", "all_gather": "tasks"}
 """Ways for keys to reach queries, and what each needs in its plan; trading heads moves no key rows by a plan."""
 
+_COST = "pass the pairs that a launch is worth, a few thousand say, or 0"
+
 _TILE = "pass the rows of the kernel's tile, such as 128, or None to count pairs"
 
+
+MOST_COST = 1 << 40
+"""As :class:`CPConfig` has it."""
 
 MOST_RANKS = 1 << 20
 """More ranks than this are a mistake, and their spans would not fit in memory."""
@@ -51,6 +56,7 @@ def plan_batch(
     cu_seqlens_padded: Offsets | None = None,
     cp_comm_type: str = "p2p",
     tile: int | None = None,
+    kernel_cost: int = 0,
     ranks: Sequence[int] | AbstractSet[int] | Literal["all"] = (),
 ) -> BatchPlan:
     """Plan a packed batch for a number of ranks, on any process and with no communication.
@@ -67,6 +73,7 @@ def plan_batch(
         cu_seqlens_padded: ``[D + 1]`` physical offsets where documents are padded at their ends.
         cp_comm_type: ``"p2p"``, ``"ring"`` or ``"all_gather"``: how keys will reach the queries.
         tile: as in :class:`CPConfig`: rows of the kernel's tile, for the balanced layout.
+        kernel_cost: as in :class:`CPConfig`: pairs that a task costs beside its own, for the balanced layout.
         ranks: whose plans to make now, so that they travel with the batch: ``(rank,)`` where each rank loads its own
             batches, ``"all"`` where one sends them to all; those of others are made by :meth:`BatchPlan.plan`.
 
@@ -82,6 +89,8 @@ def plan_batch(
         raise InvalidTypeError("tile must be an int or None", got=repr(tile), fix=_TILE)
     if tile is not None and tile < 1:
         raise InvalidValueError("tile must be at least 1", got=tile, fix=_TILE)
+    if checked_count("kernel_cost", kernel_cost, least=0, fix=_COST) > MOST_COST:
+        raise InvalidValueError("kernel_cost is more than any kernel takes", got=kernel_cost, fix=_COST)
     documents = Documents.from_cu_seqlens(cu_seqlens, cu_seqlens_padded)
     stream = StreamMetadata(documents, None, documents.max_length)
     seen = make_mask(mask)
@@ -94,7 +103,7 @@ def plan_batch(
             known[id(mask)] = stream_bands(mask, stream, stream)
         return known[id(mask)]
 
-    made, _ = place((layout, layout), stream, stream, seen, cp_size, tile=tile, bands=bands_of)
+    made, _ = place((layout, layout), stream, stream, seen, cp_size, tile=tile, kernel_cost=kernel_cost, bands=bands_of)
     seconds = time.perf_counter() - started
     planned = BatchPlan(documents, seen, made, comm_type, bands_of(seen), seconds)
     for rank in _wanted(ranks, cp_size):

@@ -34,12 +34,14 @@ class Seat(NamedTuple):
         rank: this one.
         device: where facts are handed out.
         tile: see :func:`place`.
+        kernel_cost: see :func:`place`.
     """
 
     cp_size: int
     rank: int
     device: torch.device
     tile: int | None
+    kernel_cost: int = 0
 
 
 class Batch(NamedTuple):
@@ -166,7 +168,9 @@ def _made(
             return stream_bands(mask, queries, keys)
         return memo.get(("bands", mask), lambda: frozen(stream_bands(mask, queries, keys)))
 
-    layouts = place(specs, queries, keys, mask, seat.cp_size, tile=seat.tile, bands=bands_of)
+    layouts = place(
+        specs, queries, keys, mask, seat.cp_size, tile=seat.tile, kernel_cost=seat.kernel_cost, bands=bands_of
+    )
     first = _shard(queries, layouts[0], seat)
     return Batch(first, first if keys is queries else _shard(keys, layouts[1], seat), memo)
 
