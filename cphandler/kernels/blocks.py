@@ -86,22 +86,32 @@ class BlockKernel(Kernel):
         """See :meth:`Kernel.forward`."""
         softmax = self._accepted(softmax)
         for piece in self.prepared(tasks, q):
-            block, rows, keys, _ = piece
+            block, rows, keys, number = piece
             part = softmax if softmax.dropout is None else softmax.of(rows, keys)
-            queries, block_keys, values = piece.fold(q[:, rows]), piece.fold(k[:, keys]), piece.fold(v[:, keys])
-            out, lse = self.block_forward(queries, block_keys, values, block, part)
-            result.merge(rows, piece.unfold(out), piece.unfold(lse))
+            queries, own_keys, values = q[:, rows], k[:, keys], v[:, keys]
+            if number > 1:
+                queries, own_keys, values = piece.fold(queries), piece.fold(own_keys), piece.fold(values)
+            out, lse = self.block_forward(queries, own_keys, values, block, part)
+            if number > 1:
+                out, lse = piece.unfold(out), piece.unfold(lse)
+            result.merge(rows, out, lse)
 
     def backward(self, saved: Saved, k: Tensor, v: Tensor, tasks: Tasks, softmax: Softmax, grads: Gradients) -> None:
         """See :meth:`Kernel.backward`."""
         softmax = self._accepted(softmax)
         for piece in self.prepared(tasks, saved.q):
-            block, rows, keys, _ = piece
+            block, rows, keys, number = piece
             part = softmax if softmax.dropout is None else softmax.of(rows, keys)
-            seen_from = Saved(*(None if x is None else piece.fold(x[:, rows]) for x in saved))  # type: ignore[arg-type]
-            found = self.block_backward(seen_from, piece.fold(k[:, keys]), piece.fold(v[:, keys]), block, part)
-            for total, at, part_of in zip(grads, (rows, keys, keys), found, strict=True):
-                total.add(at, piece.unfold(part_of))
+            seen_from, own_keys, values = saved.of(rows), k[:, keys], v[:, keys]
+            if number > 1:
+                seen_from = Saved(*(None if x is None else piece.fold(x) for x in seen_from))  # type: ignore[arg-type]
+                own_keys, values = piece.fold(own_keys), piece.fold(values)
+            dq, dk, dv = self.block_backward(seen_from, own_keys, values, block, part)
+            if number > 1:
+                dq, dk, dv = piece.unfold(dq), piece.unfold(dk), piece.unfold(dv)
+            grads.dq.add(rows, dq)
+            grads.dk.add(keys, dk)
+            grads.dv.add(keys, dv)
 
     def _accepted(self, softmax: Softmax) -> Softmax:
         """The same with a place for masks.

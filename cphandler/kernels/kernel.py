@@ -168,6 +168,12 @@ class Saved(NamedTuple):
     grad_out: Tensor
     grad_lse: Tensor | None
 
+    def of(self, rows: slice) -> Saved:
+        """The same for some of the rows."""
+        q, out, lse, grad_out, grad_lse = self
+        grad_lse = None if grad_lse is None else grad_lse[:, rows]
+        return Saved(q[:, rows], out[:, rows], lse[:, rows], grad_out[:, rows], grad_lse)
+
 
 class Gradients(NamedTuple):
     """Sums ``dq [B, L, N, D]``, ``dk [B, M, G, D]``, ``dv [B, M, G, D_v]``."""
