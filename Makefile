@@ -48,11 +48,11 @@ demo: $(VENV)/installed
 
 ## make test      the test suite
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST)
 
 ## make test-all  the test suite with the slow sweeps
 test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
 
 ## make fuzz      random configurations against the dense reference, MINUTES=5 SEED=7 or FUZZ="--case 7:123"
 fuzz: $(VENV)/installed

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "attention.py"
 
 
@@ -27,6 +29,7 @@ def test_a_backend_on_a_layout_of_its_own() -> None:
     assert all(verdict == "equal" for _, size, _, verdict in rows if size != "1")
 
 
+@pytest.mark.slow
 def test_balanced_moves_less_than_zigzag() -> None:
     chosen = ["--backend", "p2p", "--backend", "p2p@balanced", "--layout", "zigzag", "--ranks", "2"]
     done = bench("--lengths", "600,300,350,280,520", "--heads", "2", "--kv-heads", "2", "--repeats", "1", *chosen)

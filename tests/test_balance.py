@@ -107,7 +107,7 @@ def test_rows_weigh_what_they_see(name: str) -> None:
         assert not outside.any(), "a unit sees another one"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.integers(1, 2**45), min_size=1, max_size=4),
     st.sampled_from([Causal(), Full(), SlidingWindow(2**31, 7)]),
@@ -136,7 +136,7 @@ def test_work_past_64_bits(lengths: list[int], mask: Mask, weight: int, data: st
     assert work.area == sum(unit.area(0, unit.length) for unit in work.units)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 2**30), st.integers(1, 2**20), st.integers(1, 2**9), st.data())
 def test_tiles_past_64_bits(length: int, tile: int, weight: int, data: st.DataObject) -> None:
     """A row of a tile has a part of its work, rounded up; one row of the last tile may have nearly all that fits."""
@@ -176,7 +176,7 @@ def test_a_cut_costs_what_the_dense_mask_says(cut: str) -> None:
 LENGTHS_OF_ANY_KIND = st.lists(st.one_of(st.integers(0, 12), st.integers(0, 400)), max_size=12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     LENGTHS_OF_ANY_KIND,
     st.integers(1, 9),
@@ -375,7 +375,7 @@ def searched(pool: Pool, field: int, least: int) -> list[int]:
     return [i for i, remainder in enumerate(pool.remainders) if remainder[field] >= least]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data(), st.lists(st.integers(1, 60), min_size=1, max_size=20), st.booleans())
 def test_searches_of_the_pool(data: st.DataObject, lengths: list[int], by_last_row: bool) -> None:
     """While remainders are taken, cut and put back, many or few, and of a copy, which is a pool of its own."""

@@ -125,7 +125,7 @@ def test_every_exchange(cp_size: int, comm_type: str) -> None:
             check(plan_batch(offsets(LENGTHS), cp_size, layout=layout, mask=mask, cp_comm_type=comm_type))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data(), some_documents, st.integers(1, 6), st.integers(0, 99), st.sampled_from([1, 2, 3]))
 def test_any_documents_masks_and_layouts(
     data: st.DataObject, documents: Documents, cp_size: int, seed: int, stride: int
@@ -259,7 +259,7 @@ def exact_areas(lengths: list[int], layout: Layout, window: tuple[int, int] | No
 HUGE = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 2**33), st.integers(2**38, 2**45)), min_size=1, max_size=5)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(HUGE, st.integers(1, 9), st.sampled_from(["zigzag", "contiguous", "striped", "balanced"]), st.booleans())
 def test_counts_past_64_bits(lengths: list[int], cp_size: int, layout: str, windowed: bool) -> None:
     window = (2**39 + 5, 1000) if windowed and layout != "striped" else None

@@ -73,6 +73,7 @@ def test_runs_equal_one_rank(tmp_path: Path) -> None:
     assert "NO" not in out
 
 
+@pytest.mark.slow
 def test_a_comm_type_and_a_layout_by_flag(tmp_path: Path) -> None:
     options = ["--steps", "3", "--exact-steps", "0", "--seq-len", "120", "--cp-size", "2"]
     chosen = ["--backend", "local", "--cp-comm-type", "a2a", "--layout", "striped", "--dtype", "float64"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -125,9 +126,10 @@ def test_a_rank_that_has_ended(ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "ended").touch()
     for process in processes:
         process.join(timeout=60)
-    for rank in (0, 2):
+    for rank, named in ((0, "1|1, 2"), (2, "1|0, 1")):  # the one that finds out first ends as well, and may be seen to
         message = (tmp_path / f"told-{rank}").read_text()
-        assert message.startswith("RankMismatchError: rank 1 of the context-parallel group did not reach"), message
+        start = rf"RankMismatchError: rank ({named}) of the context-parallel group did not reach"
+        assert re.match(start, message), message
         assert "a closed connection: it ended, raised, or has itself given up waiting" in message
 
 

@@ -192,6 +192,7 @@ class RaisesOrHangs(RingHandler):
         return super().core_attn(attn_mod, query, key, value, **options)
 
 
+@pytest.mark.slow
 def test_ranks_that_raise_or_hang_are_named_and_the_run_goes_on() -> None:
     backends = ("tests.test_fuzz:RaisesOrHangs",)
 

@@ -129,7 +129,7 @@ def check(
             assert_close(a, e, dtype=dtype, what=f"{name} of {kernel.name} {task} {dtype}")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     st.integers(1, 330),
     st.integers(1, 330),
@@ -163,7 +163,7 @@ class SmallTiles(ReferenceKernel):
         return tiles(task, 16, 24)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.integers(1, 70),
     st.integers(1, 70),
@@ -224,7 +224,7 @@ def test_values_of_another_head_dim_in_the_torch_kernel(d_v: int, dtype: torch.d
             check(get_kernel("torch", "cpu"), task, task.nq + 1, task.nk + 2, **options)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(1, 60),
     st.integers(1, 60),
@@ -257,7 +257,7 @@ def test_cuts_cover_a_task_once(
     assert torch.equal(counts, open_cells(task, *counts.shape).long())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),

@@ -21,7 +21,7 @@ def offsets(lengths: list[int]) -> np.ndarray:  # type: ignore[type-arg]
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(lengths_of_documents, st.integers(1, 9), st.sampled_from(["zigzag", "contiguous", "striped"]))
 def test_shares_are_level_and_cover_everything_once(lengths: list[int], cp_size: int, name: str) -> None:
     layout = make_layout(name, offsets(lengths), cp_size)
@@ -41,7 +41,7 @@ def test_shares_are_level_and_cover_everything_once(lengths: list[int], cp_size:
     assert (np.concatenate(held)[layout.inverse] == np.arange(total)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 5))
 def test_zigzag_is_dual_chunk_swap_where_lengths_divide(chunks: list[int], cp_size: int) -> None:
     lengths = [n * 2 * cp_size for n in chunks]
@@ -193,7 +193,7 @@ def test_spans_from_every_source() -> None:
     assert Layout("none", 0, [[], np.zeros((0, 3))]).num_local_tokens == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), st.integers(1, 14), st.sampled_from([(1, 2), (2,), (2, 3), (3, 4, 6), (1, 5, 13), (7, 11)]))
 def test_strided_spans_cover_everything_once(data: st.DataObject, num_tokens: int, strides: tuple[int, ...]) -> None:
     """Against the tokens written down: spans of several strides, some of which leave out or repeat."""

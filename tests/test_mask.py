@@ -169,7 +169,7 @@ def picture_of(mask: Mask, size: int) -> list[str]:
     return [" ".join(".x"[seen] for seen in row) for row in seen_by(mask, documents, documents)]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=125, deadline=None)
 @given(st.data(), some_documents)
 def test_bands_are_the_definition(data: st.DataObject, documents: Documents) -> None:
     mask = data.draw(masks_for(documents))
@@ -179,7 +179,7 @@ def test_bands_are_the_definition(data: st.DataObject, documents: Documents) -> 
     assert {mask: 1}[mask] == 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.data(), two_streams)
 def test_bands_across_two_streams_are_the_definition(data: st.DataObject, streams: tuple[Documents, Documents]) -> None:
     queries, keys = streams

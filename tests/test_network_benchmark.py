@@ -111,6 +111,7 @@ def test_messages_take_the_link_at_its_rate_and_a_crash_leaves_nothing(two: Link
             pool.run(os._exit, 3)
 
 
+@pytest.mark.slow
 def test_a_step_over_links(two: Links) -> None:
     base = RunSettings(model=GPTConfig(layers=1, width=32, heads=4, kv_heads=2, hidden=40))
     runs = [network.run_named(name, 2, base) for name in ("ring", "ulysses")]

@@ -77,6 +77,7 @@ def test_a_checkout_without_links_does_not_build(checkout: Path, tmp_path: Path)
         build(broken, "--wheel", "--outdir", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_typed_client_sees_the_types(tmp_path: Path) -> None:
     client = tmp_path / "client.py"
     client.write_text(

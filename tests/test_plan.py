@@ -73,13 +73,13 @@ def check(
     return plans
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data(), some_documents, layouts, st.integers(1, 6))
 def test_tasks_cover_each_visible_pair_once(data: st.DataObject, documents: Documents, name: str, cp_size: int) -> None:
     check(data.draw(masks_for(documents)), documents, documents, (name, name), cp_size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(
     st.data(),
     two_streams,
@@ -92,7 +92,7 @@ def test_tasks_across_two_streams_and_layouts(
     check(data.draw(cross_masks_for(*streams)), *streams, names, cp_size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.data(), some_documents, layouts, st.integers(1, 6))
 def test_direct_sends_bring_each_row_that_is_seen_once(
     data: st.DataObject, documents: Documents, name: str, cp_size: int
