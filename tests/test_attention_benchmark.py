@@ -17,6 +17,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_a_backend_on_a_layout_of_its_own() -> None:
     """The script itself exits with 1 where the bytes sent differ from the theory."""
     named = ["ring", "p2p", "p2p@balanced", "ring@balanced", "usp@balanced"]
@@ -38,6 +39,7 @@ def test_balanced_moves_less_than_zigzag() -> None:
     assert 2 * float(sent["p2p@balanced"]) < float(sent["p2p@zigzag"])
 
 
+@pytest.mark.slow
 def test_a_layout_that_there_is_not() -> None:
     done = bench("--lengths", "64", "--ranks", "2", "--repeats", "1", "--backend", "p2p@diagonal")
     assert done.returncode != 0

@@ -143,7 +143,7 @@ def test_user_bands(ranks: RankPool) -> None:
     ranks.run(check_all, made)
 
 
-@pytest.mark.parametrize("cp_size", half([2, 3, 4]))
+@pytest.mark.parametrize("cp_size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3)), 4])
 def test_more_ranks_than_tokens_and_ranks_that_hold_nothing(ranks: RankPool, cp_size: int) -> None:
     """Documents of length 0 and 1, whole documents on one rank, rows that see nothing: right, and no hang."""
     heads = (6, 3) if cp_size == 3 else (4, 2)

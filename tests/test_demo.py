@@ -84,6 +84,7 @@ def test_a_comm_type_and_a_layout_by_flag(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_layouts_beside_each_other(tmp_path: Path) -> None:
     """Equal to one rank on each; what is printed and kept says what each step costs."""
     options = ["--steps", "3", "--exact-steps", "2", "--seq-len", "240", "--cp-size", "2", "--backend", "p2p"]

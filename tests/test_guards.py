@@ -99,13 +99,11 @@ MOST: dict[tuple[str, int, str], Cost] = {
     ("ring", 2, "equal"): Cost(130, 12, 2359296, 259, 728, 4533),
     ("ring", 4, "one document"): Cost(12, 72, 7077888, 30, 96, 1984),
     ("ring", 4, "packed"): Cost(40, 72, 7077888, 77, 250, 2717),
-    ("ring", 4, "equal"): Cost(386, 72, 7077888, 771, 2148, 12465),
     ("p2p", 2, "one document"): Cost(14, 12, 1769472, 33, 93, 1332),
     ("p2p", 2, "packed"): Cost(28, 12, 1769472, 58, 172, 1700),
     ("p2p", 2, "equal"): Cost(130, 12, 1769472, 131, 734, 4310),
     ("p2p", 4, "one document"): Cost(12, 72, 5308416, 18, 94, 2087),
     ("p2p", 4, "packed"): Cost(40, 72, 5311488, 64, 254, 2875),
-    ("p2p", 4, "equal"): Cost(386, 72, 5308416, 387, 2170, 11848),
     ("all_gather", 2, "one document"): Cost(14, 12, 2359296, 41, 101, 1639),
     ("all_gather", 2, "packed"): Cost(28, 12, 2359296, 72, 178, 1986),
     ("all_gather", 2, "equal"): Cost(130, 12, 2359296, 263, 734, 4857),
@@ -117,7 +115,6 @@ MOST: dict[tuple[str, int, str], Cost] = {
     ("ulysses", 4, "equal"): Cost(2, 96, 4718592, 35, 80, 1920),
     ("usp", 4, "one document"): Cost(14, 56, 4128768, 49, 133, 2446),
     ("usp", 4, "packed"): Cost(26, 56, 4131840, 72, 201, 2755),
-    ("usp", 4, "equal"): Cost(130, 56, 4128768, 147, 774, 5424),
 }
 """What a pass cost when it was last looked at, in this order: see :class:`Cost`."""
 

@@ -153,7 +153,7 @@ def test_the_link_and_the_guard_of_backends() -> None:
 
 
 def test_importing_is_cheap_and_needs_no_optional_package() -> None:
-    """Time beside torch's own import, best of five so that a busy machine slows both, and what was loaded."""
+    """Time beside torch's own import, tried up to five times, since a busy machine slows both; and what was loaded."""
     program = (
         "import time, sys; s = time.process_time(); import torch; t = time.process_time();"
         "from cphandler import *; d = (time.process_time() - t) / (t - s);"
@@ -166,4 +166,6 @@ def test_importing_is_cheap_and_needs_no_optional_package() -> None:
         share, _, loaded = done.stdout.strip().partition(" ")
         assert loaded == "[]"
         shares.append(float(share))
-    assert min(shares) < 0.25
+        if shares[-1] < 0.25:
+            return
+    pytest.fail(f"shares of torch's import: {shares}")

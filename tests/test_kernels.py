@@ -40,6 +40,7 @@ from cphandler.kernels.torch_cuda import TorchCudaKernel
 from cphandler.precision import accumulator_dtype
 from cphandler.testing import assert_close
 from cphandler.tokens.intervals import UNBOUNDED
+from tests.sweeps import half
 
 PLAIN = Softmax(0.3)
 FULL = (-UNBOUNDED, UNBOUNDED)
@@ -200,13 +201,12 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("task", LONG, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("task", "dtype"), half(LONG, [torch.float32, torch.bfloat16]), ids=str)
 def test_long_tasks_take_the_other_cuts(task: Task, dtype: torch.dtype) -> None:
     check(get_kernel("torch", "cpu"), task, task.nq, task.nk, heads=(2, 1), dtype=dtype)
 
 
-@pytest.mark.parametrize("task", LONG, ids=str)
+@pytest.mark.parametrize("task", half(LONG), ids=str)
 def test_long_tasks_of_the_reference_are_cut_both_ways(task: Task) -> None:
     blocks = list(get_kernel("reference", "cpu").blocks(task, torch.float32))  # type: ignore[attr-defined]
     assert max(block.nq for block in blocks) <= ROWS
