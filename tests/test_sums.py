@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cphandler.attention.exchange import Block
+from cphandler.attention.loop import _PlanInUse
 from cphandler.kernels import AttentionSum, RowSum
+from cphandler.plan.plan import Plan
 from cphandler.testing import assert_close
 
 ROWS, HEADS, DIM = 11, 3, 4
@@ -102,3 +106,13 @@ def test_no_rows_and_no_heads() -> None:
         assert (out.shape, lse.shape) == ((*shape[:3], 3), shape[:3])
         assert (out.dtype, lse.dtype) == (torch.float16, torch.float32)
         assert RowSum.like(q).total(q.dtype).shape == shape
+
+
+def test_tasks_of_any_part_of_a_plan_are_told_apart() -> None:
+    """What is kept for a part serves that part alone: a slice with steps begins where another one does."""
+    in_use = _PlanInUse(Plan(1, 0, np.arange(42, dtype=np.int64).reshape(6, 7)).to_tensor(), 0)
+    own = in_use.plan.tasks
+    for part in (own, own[:3], own[::2], own[3:], own[::-2], own[:3].copy(), own[:0]):
+        for _ in range(2):
+            assert in_use.tasks(Block(part, (), (), 0)).table.tolist() == part[:, 1:].tolist()
+    assert in_use.tasks(Block(own[:3], (), (), 0)) is in_use.tasks(Block(own[:3], (), (), 0))

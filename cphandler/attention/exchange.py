@@ -393,7 +393,7 @@ def rows_of(runs: Table, device: torch.device, tables: DeviceTables) -> Tensor:
 
 
 class GatherExchange(Exchange):
-    """Every rank gets every row at once; one reduce-scatter sums the gradients on their way home.
+    """Every rank gets every row at once; gradients go straight home, and are summed there in rank order.
 
     Rows stay in rank order, a block per owner. Where the route says so they are put in global order instead, one block
     of all: a copy that pays for kernels that take everything a row sees in one call, and then have nothing to merge.
@@ -406,7 +406,7 @@ class GatherExchange(Exchange):
         yield from _gathered_blocks(route, rows, [])
 
     def backward(self, route: Route, rows: Rows, home: Sums) -> Iterator[Block]:
-        """Gather again (a layer keeps only its own rows), yield the blocks, reduce-scatter their gradients."""
+        """Gather again (a layer keeps only its own rows), yield the blocks, send their gradients home."""
         everyone = [_blank(home) for _ in range(route.plan.cp_size)]
         with collectives.ended_on_error(route.group_name):
             yield from _gathered_blocks(route, rows, everyone)

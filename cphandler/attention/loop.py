@@ -6,7 +6,7 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -172,7 +172,7 @@ class _PlanInUse:
     def __init__(self, packed: Tensor, version: int) -> None:
         self.version, self.plan = version, Plan.from_tensor(packed)
         self.rows, self.masks = DeviceTables(), DeviceTables(MOST_MASKS)
-        self._tasks: dict[tuple[int, int], Tasks] = {}
+        self._tasks: dict[Hashable, Tasks] = {}
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +185,7 @@ class _PlanInUse:
         table = block.tasks[:, OWNER + 1 :]
         if not np.may_share_memory(block.tasks, self.plan.tasks):
             return Tasks(table)
-        key = block.tasks.__array_interface__["data"][0], len(block.tasks)
+        key = block.tasks.__array_interface__["data"][0], len(block.tasks), block.tasks.strides
         if key not in self._tasks:
             self._tasks[key] = Tasks(table)
         return self._tasks[key]
