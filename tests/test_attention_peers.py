@@ -136,6 +136,7 @@ def competitors(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in record["contests"][0]["competitors"]}
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_wrong_is_marked_and_timed(recorded: tuple[str, dict[str, Any], Path]) -> None:
     output, record, _ = recorded
     found = competitors(record)
@@ -150,6 +151,7 @@ def test_a_peer_that_is_wrong_is_marked_and_timed(recorded: tuple[str, dict[str,
     assert "gathered, wrong" not in output
 
 
+@pytest.mark.slow
 def test_who_is_absent_is_named_with_the_reason(recorded: tuple[str, dict[str, Any], Path]) -> None:
     output, record, _ = recorded
     absent = {entry["name"]: entry["reason"] for entry in record["contests"][0]["absent"]}
@@ -162,6 +164,7 @@ def test_who_is_absent_is_named_with_the_reason(recorded: tuple[str, dict[str, A
     assert all(f"{name} is absent: {reason}" in output for name, reason in absent.items())
 
 
+@pytest.mark.slow
 def test_what_a_run_says(recorded: tuple[str, dict[str, Any], Path]) -> None:
     _, record, picture = recorded
     found, contest = competitors(record), record["contests"][0]
@@ -301,6 +304,7 @@ def calls_of(work: Work) -> floors.Calls:
     return floors.kernel_calls(work)
 
 
+@pytest.mark.slow
 def test_the_floor_makes_the_calls_of_a_pass(ranks: RankPool) -> None:
     """Ulysses calls the kernel for its heads of the whole sequence; the ring's calls cover half the pairs, or more."""
     whole_sequence = Work("ulysses", 4, (1024,), 8, 4, 16, "float32", None)

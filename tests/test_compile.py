@@ -15,6 +15,7 @@ from cphandler import SlidingWindow
 from cphandler.sharding.heads import HeadSplit
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Batch, Case, group_of, make_handler
+from tests.sweeps import half
 from tests.test_options import BACKENDS, LENGTHS, bits, local_tensors
 
 
@@ -158,7 +159,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", half(ORDERS))
 def test_a_handler_and_the_compiler_come_in_any_order(order: str) -> None:
     """In a process of its own, since a compiler that has been loaded stays."""
     program = f"""

@@ -129,6 +129,7 @@ INTACT = [
 ]
 
 
+@pytest.mark.slow
 def test_every_fault_is_found_by_its_law(tmp_path: Path) -> None:
     """Four faults in four methods; what they leave intact passes."""
     (tmp_path / "broken.py").write_text(BROKEN)
@@ -245,6 +246,7 @@ def test_wrong_options_are_usage_errors(given: dict[str, Any], message: str) -> 
         subject_of(options_of(ROOT, **given))
 
 
+@pytest.mark.slow
 def test_collecting_the_kit_without_a_backend_is_a_usage_error(tmp_path: Path) -> None:
     done = run_pytest(tmp_path, "--pyargs", "cphandler.testing")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR

@@ -56,10 +56,10 @@ def test_real_documents_of_very_different_lengths() -> None:
 
 
 def test_runs_equal_one_rank(tmp_path: Path) -> None:
-    options = ["--steps", "6", "--exact-steps", "3", "--seq-len", "241", "--cp-size", "2", "--cp-size", "3"]
-    out, report = run(["-m", "cphandler.demo", *options, "--backend", "ring", "--backend", "all_gather"], tmp_path)
+    options = ["--steps", "5", "--exact-steps", "2", "--seq-len", "241", "--cp-size", "2", "--cp-size", "3"]
+    out, report = run(["-m", "cphandler.demo", *options, "--backend", "ring"], tmp_path)
     names = [(row["name"], row["dtype"]) for row in report["runs"]]
-    expected = ["one rank", "ring cp2", "all_gather cp2", "ring cp3", "all_gather cp3"]
+    expected = ["one rank", "ring cp2", "ring cp3"]
     assert names == [(name, dtype) for dtype in ("float32", "float64") for name in expected]
     for row in report["runs"]:
         assert row["equal"]

@@ -22,6 +22,7 @@ from cphandler.errors import InvalidValueError
 SMALL = RunSettings(model=GPTConfig(layers=1, width=32, heads=4, kv_heads=2, hidden=40))
 
 
+@pytest.mark.slow
 def test_steps_beside_one_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -128,6 +128,7 @@ def test_a_step_over_links(two: Links) -> None:
     assert max(map(len, said.getvalue().splitlines())) <= 110
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(two: Links) -> None:
     """Three links on a bridge, and a second signal while they are taken down."""
     numbers, command = (signal.SIGINT, signal.SIGTERM), [sys.executable, "-c", HOLD]

@@ -73,6 +73,7 @@ def test_numbers_that_miss_what_is_asked() -> None:
     assert planned(chosen[0], 8, "whole")[1].volume < planned(chosen[0], 8, "zigzag")[1].volume
 
 
+@pytest.mark.slow
 def test_the_script() -> None:
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "benchmarks.planning", "--corpus", "pile", *arguments]

@@ -34,6 +34,7 @@ from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing import RankPool, partition_group
 from cphandler.testing.cases import Batch, Case, handler_class
 from cphandler.testing.laws import check_all, check_determinism
+from tests.sweeps import half
 
 TABLES = built_in()
 LENGTHS = (13, 3, 6, 1, 9)
@@ -180,7 +181,7 @@ DENSE_CROSS = [
 ]
 
 
-@pytest.mark.parametrize("backend", TABLES)
+@pytest.mark.parametrize("backend", half(TABLES))
 def test_cross_attention(ranks: RankPool, backend: str) -> None:
     cases = []
     for i, (mask, batch) in enumerate(CROSS + DENSE_CROSS):
