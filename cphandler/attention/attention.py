@@ -282,6 +282,7 @@ class Attention:
             exchange=plans.exchange,
             group_name=plans.group_name,
             wire=self.host.config.gradient_wire_dtype or "",
+            deterministic=self.host.config.deterministic,
             softcap=float(options.softcap or 0.0),
             dropout_p=float(options.dropout_p or 0.0),
             dropout_seed=options.dropout_seed or 0,

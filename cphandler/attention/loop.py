@@ -110,6 +110,7 @@ class Scalars(NamedTuple):
         tokens: query and key tokens of one row of the batch, for positions that count through all rows.
         repeats: how many consecutive query heads use each key head, where a split of the heads left them uneven; empty
             where all have the same number.
+        deterministic: whether two runs must give the same bits.
     """
 
     scale: float
@@ -124,6 +125,7 @@ class Scalars(NamedTuple):
     first_head: int = 0
     tokens: tuple[int, int] = (0, 0)
     repeats: tuple[int, ...] = ()
+    deterministic: bool = False
 
     def packed(self, indices: Indices = NO_INDICES) -> OperatorArguments:
         """Scalars and indices as an operator's last arguments; what dropout alone asks for goes with it alone."""
@@ -131,7 +133,8 @@ class Scalars(NamedTuple):
         if self.dropout_p:
             flat, lengths = indices.packed()
             integers = [*lengths, self.dropout_seed, self.layer, self.first_head, *self.tokens, *integers]
-        names = "\n".join((self.kernel, self.exchange, self.group_name, self.wire))
+        bits = "same" if self.deterministic else ""
+        names = "\n".join((self.kernel, self.exchange, self.group_name, self.wire, bits))
         return OperatorArguments(flat, [self.scale, self.softcap, self.dropout_p], integers, names)
 
     @classmethod
@@ -140,13 +143,15 @@ class Scalars(NamedTuple):
     ) -> tuple[Scalars, Indices]:
         """What :meth:`packed` was given."""
         scale, softcap, dropout_p = floats
-        kernel, exchange, group_name, wire = names.split("\n")
+        kernel, exchange, group_name, wire, bits = names.split("\n")
+        same = bool(bits)
         if not dropout_p:
-            scalars = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=tuple(integers))
+            repeats = tuple(integers)
+            scalars = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=repeats, deterministic=same)
             return scalars, Indices(flat)
-        places, queries, owners, seed, layer, head, query_tokens, key_tokens, *repeats = integers
+        places, queries, owners, seed, layer, head, query_tokens, key_tokens, *uneven = integers
         options, tokens = (softcap, dropout_p, seed, layer, head), (query_tokens, key_tokens)
-        scalars = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(repeats))
+        scalars = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(uneven), same)
         return scalars, Indices.unpacked(flat, places, queries, owners)
 
     def route(self, plan: _PlanInUse, places: Tensor | None) -> Route:
@@ -280,7 +285,8 @@ class _Weighting:
     """How scores become weights, block by block."""
 
     def __init__(self, scalars: Scalars, q: Tensor, indices: Indices, in_use: _PlanInUse) -> None:
-        self._plain = Softmax(scalars.scale, scalars.softcap or None, masks=in_use.masks)
+        softcap, same = scalars.softcap or None, scalars.deterministic
+        self._plain = Softmax(scalars.scale, softcap, masks=in_use.masks, deterministic=same)
         self._rows = in_use.rows
         self._p, self._keys = scalars.dropout_p, None
         _, queries, keys = indices

@@ -10,11 +10,19 @@ from torch import Tensor
 from cphandler.kernels.task import Task
 from cphandler.tokens.intervals import UNBOUNDED
 
-OPTIONS = {
-    "softcap": "softcap",
-    "dropout": "dropout: its generator is its own, and the mask would depend on the number of ranks",
-}
-"""What the kernels inside torch refuse, and what they say."""
+NO_DROPOUT = {"dropout": "dropout: its generator is its own, and the mask would depend on the number of ranks"}
+"""What every fused kernel refuses, and what it says."""
+
+OPTIONS = {"softcap": "softcap", **NO_DROPOUT}
+"""What the kernels inside torch refuse."""
+
+
+def follows_torch() -> str | None:
+    """Why two runs may differ, for operators of torch that obey its process-wide setting; None where it is on."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict:
+        return None
+    return "deterministic=True, and its backward pass is only under torch.use_deterministic_algorithms(True)"
 
 
 def causal_square(task: Task) -> int:

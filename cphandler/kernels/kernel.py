@@ -34,12 +34,14 @@ class Softmax(NamedTuple):
         softcap: what capped scores stay below, above 0; None leaves them as they are.
         dropout: which weights are dropped; None keeps all. The log-sum-exp knows nothing of it.
         masks: where tables of hidden scores are kept from call to call; None keeps them for one call.
+        deterministic: whether two runs must give the same bits; for kernels that can choose.
     """
 
     scale: float
     softcap: float | None = None
     dropout: Dropout | None = None
     masks: DeviceTables | None = None
+    deterministic: bool = False
 
     def of(self, rows: slice, keys: slice) -> Softmax:
         """The same for some of the query rows and key rows."""
@@ -58,7 +60,7 @@ class Kernel(ABC):
 
     name: str
     deterministic: bool = True
-    """Whether two runs give the same bits, forward and backward."""
+    """Whether two runs give the same bits, forward and backward, when :class:`Softmax` asks for it."""
 
     takes_prefix: bool = False
     """Whether rows that see a long prefix and a diagonal after it are best computed in one call."""
@@ -66,6 +68,14 @@ class Kernel(ABC):
     refuses: ClassVar[Mapping[str, str]] = {"softcap": "softcap", "dropout": "dropout"}
     """Options of :class:`Softmax` that this kernel does not compute, each with what to say when it is asked for. A
     kernel that computes one must say so by leaving it out."""
+
+    def nondeterminism(self) -> str | None:
+        """Why two runs may differ although the same bits are asked for; None where they never do."""
+        return None if self.deterministic else "deterministic=True, and this kernel is not"
+
+    def unusable(self) -> str | None:
+        """Why this kernel cannot run here at all (a package that is missing, say) and the way out; None if it can."""
+        return None
 
     @abstractmethod
     def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:

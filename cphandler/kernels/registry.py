@@ -17,13 +17,27 @@ _KERNELS: Registry[tuple[str, str], Kernel] = Registry(
     {
         ("torch", "cpu"): "cphandler.kernels.torch_cpu:TorchCpuKernel",
         ("torch", "cuda"): "cphandler.kernels.torch_cuda:TorchCudaKernel",
+        ("torch_flash", "cuda"): "cphandler.kernels.torch_flash:TorchFlashKernel",
+        ("torch_efficient", "cuda"): "cphandler.kernels.torch_efficient:TorchEfficientKernel",
+        ("flash_attn_2", "cuda"): "cphandler.kernels.flash_attn_2:FlashAttn2Kernel",
+        ("flash_attn_3", "cuda"): "cphandler.kernels.flash_attn_3:FlashAttn3Kernel",
+        ("flash_attn_4", "cuda"): "cphandler.kernels.flash_attn_4:FlashAttn4Kernel",
         ("reference", "any"): "cphandler.kernels.reference:ReferenceKernel",
     },
     made_without=True,
 )
 
-_PREFERENCES: dict[tuple[str, str], int] = {("torch", "cpu"): 20, ("torch", "cuda"): 20, ("reference", "any"): 0}
-"""``"auto"`` takes the highest that takes the call."""
+_PREFERENCES: dict[tuple[str, str], int] = {
+    ("flash_attn_3", "cuda"): 28,
+    ("flash_attn_4", "cuda"): 26,
+    ("flash_attn_2", "cuda"): 24,
+    ("torch", "cpu"): 20,
+    ("torch", "cuda"): 20,
+    ("torch_flash", "cuda"): 18,
+    ("torch_efficient", "cuda"): 16,
+    ("reference", "any"): 0,
+}
+"""``"auto"`` takes the highest that takes the call. Between packages the order is their authors' figures for Hopper."""
 
 
 def register_kernel(name: str, device_type: str, target: str | type[Kernel], *, preference: int = 10) -> None:
@@ -34,7 +48,7 @@ def register_kernel(name: str, device_type: str, target: str | type[Kernel], *, 
         device_type: ``"cpu"``, ``"cuda"``, ... or ``"any"``.
         target: a :class:`Kernel` subclass that takes no arguments, or ``"module:Class"``, imported when first used.
         preference: ``"auto"`` takes the kernel with the highest one that takes a call. torch's have 20, the reference
-            has 0: 10 serves what torch's kernels refuse, 30 goes before them.
+            has 0, packages for GPUs lie between 20 and 30: 10 serves what torch's kernels refuse, 30 goes before all.
 
     Raises:
         InvalidTypeError: a target that is neither, or a preference that is no int.
@@ -156,6 +170,5 @@ def select_kernel(
 
 def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: bool) -> str | None:
     kernel = get_kernel(name, q.device.type)
-    if deterministic and not kernel.deterministic:
-        return "deterministic=True, and this kernel is not"
-    return kernel.refusal(q, k, v, **options)
+    told = kernel.unusable() or (kernel.nondeterminism() if deterministic else None)
+    return told or kernel.refusal(q, k, v, **options)

@@ -37,6 +37,11 @@ class _Covered:
         written = self._rows.count(1, start, stop)
         return written > 0, written == stop - start
 
+    @property
+    def none(self) -> bool:
+        """Nothing has been written."""
+        return not self._complete and 1 not in self._rows
+
     def holes(self, rows: slice) -> Iterator[slice]:
         """Runs of rows among these that have not been written."""
         if self._complete:
@@ -148,10 +153,12 @@ class RowSum:
             index: ``[n]`` different rows.
             part: ``[B, n, ...]`` in the sum's dtype or a narrower one.
         """
+        first = self._covered.none
         for hole in self._covered.holes(ALL):
             self._sum.tensor[:, hole] = 0
         self._covered.mark(ALL)
-        self._sum.tensor.index_copy_(1, index, self._sum.tensor.index_select(1, index).add_(part))
+        total = self._sum.tensor
+        total.index_copy_(1, index, part.to(total.dtype) if first else total.index_select(1, index).add_(part))
 
     def total(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum, contiguous, in its own dtype or another; nothing is to be added afterwards."""
@@ -194,6 +201,26 @@ class AttentionSum:
             if not (whole and self._lse.takes(lse)):
                 self._lse.tensor[:, rows].copy_(lse)
         self._covered.mark(rows)
+
+    def merge_at(self, index: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge attention of rows that lie apart over further keys.
+
+        Args:
+            index: ``[n]`` different rows.
+            out: ``[B, n, N, D_v]``.
+            lse: ``[B, n, N]``, as in :meth:`merge`.
+        """
+        if self._covered.none:
+            self._blank(ALL)
+            self._out.tensor.index_copy_(1, index, out.to(self._out.dtype))
+            self._lse.tensor.index_copy_(1, index, lse)
+        else:
+            self._blank(ALL)
+            merged, total = self._out.tensor.index_select(1, index), self._lse.tensor.index_select(1, index)
+            merge_into(merged, total, out, lse)
+            self._out.tensor.index_copy_(1, index, merged)
+            self._lse.tensor.index_copy_(1, index, total)
+        self._covered.mark(ALL)
 
     def _blank(self, rows: slice) -> None:
         for hole in self._covered.holes(rows):

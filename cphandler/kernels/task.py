@@ -65,9 +65,8 @@ class Tasks:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept, about: a list of Python objects is counted by its length."""
-        lengths = (len(made) for made in list(self._prepared.values()) if isinstance(made, Sized))
-        return PIECE_BYTES * sum(lengths)
+        """Bytes of what is kept, about: what does not say itself is counted as so many Python objects."""
+        return sum(_bytes(made) for made in list(self._prepared.values()))
 
     def __iter__(self) -> Iterator[Task]:
         return (Task(*row) for row in self.table.tolist())
@@ -83,3 +82,10 @@ class Tasks:
             self._prepared[key] = make()
         made: T = self._prepared[key]
         return made
+
+
+def _bytes(made: Any) -> int:
+    own: int | None = getattr(made, "nbytes", None)
+    if own is not None:
+        return own
+    return PIECE_BYTES * len(made) if isinstance(made, Sized) else 0

@@ -1,0 +1,174 @@
+"""The launches of a varlen kernel: all tasks of one shape over a block of keys in one call, whatever their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cphandler.kernels.shapes import HI, LO, NK, NQ, K, Q
+from cphandler.tokens.intervals import UNBOUNDED, Table
+
+UNLIMITED = -1
+"""A side of a window that hides nothing, as every flash kernel writes it."""
+
+
+class Window(NamedTuple):
+    """What rows of a square see: ``left`` keys before and ``right`` keys after the diagonal, ``UNLIMITED`` for all.
+
+    ``(UNLIMITED, UNLIMITED)`` hides nothing and needs no square; ``(UNLIMITED, 0)`` is causal.
+    """
+
+    left: int
+    right: int
+
+    @property
+    def is_full(self) -> bool:
+        """Nothing is hidden."""
+        return self == (UNLIMITED, UNLIMITED)
+
+    @property
+    def is_causal(self) -> bool:
+        """What a causal flag says."""
+        return self == (UNLIMITED, 0)
+
+
+class Gathered(NamedTuple):
+    """Rows that one side of a launch reads, and where its results go.
+
+    Attributes:
+        number: of rows.
+        rows: where they lie side by side, in order; None where they are gathered.
+        places: ``[number]`` int64, otherwise.
+        turns: what is added to a row more than once comes in turns, each with no row twice: which of the gathered rows
+            (None for all), and where they belong.
+    """
+
+    number: int
+    rows: slice | None
+    places: Tensor | None
+    turns: tuple[tuple[Tensor | None, Tensor], ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows ``[B, number, ...]`` of ``[B, L, ...]``; a view where they lie side by side."""
+        return x[:, self.rows] if self.places is None else x.index_select(1, self.places)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        tables = [self.places, *(table for turn in self.turns for table in turn)]
+        return sum(table.nbytes for table in tables if table is not None)
+
+
+class Offsets(NamedTuple):
+    """Where each task's rows start among the gathered ones of all rows of a batch; int32 on the device.
+
+    Attributes:
+        queries: ``[n + 1]``.
+        keys: ``[n + 1]``.
+        longest_query: rows of the longest task.
+        longest_key: the same of the keys.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest_query: int
+    longest_key: int
+
+
+class Launch(NamedTuple):
+    """One call of a kernel.
+
+    Attributes:
+        window: what each task's rows see.
+        queries: the query rows.
+        keys: the key rows.
+        offsets: of the tasks; None for a single one, which is a dense batch.
+    """
+
+    window: Window
+    queries: Gathered
+    keys: Gathered
+    offsets: Offsets | None
+
+
+class Launches(list[Launch]):
+    """All launches over one block of keys, in the order they run."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of their tables."""
+        sides = sum(side.nbytes for launch in self for side in (launch.queries, launch.keys))
+        offsets = (launch.offsets for launch in self)
+        return sides + sum(x.queries.nbytes + x.keys.nbytes for x in offsets if x is not None)
+
+
+def launches(table: Table, batch: int, device: torch.device) -> Launches:
+    """The fewest launches that compute some tasks: one for each distinct window.
+
+    Args:
+        table: ``[n, 6]``: what :func:`~cphandler.kernels.shapes.cut` gave for tasks over one block of keys.
+        batch: rows of the batch, in each of which they are computed.
+        device: where tables are needed.
+    """
+    return Launches(_launch(window, part, batch, device) for window, part in grouped(table))
+
+
+def grouped(table: Table) -> Iterator[tuple[Window, Table]]:
+    """Tasks that :func:`~cphandler.kernels.shapes.cut` gave by their window, each group in the order of its queries."""
+    left = np.where(table[:, LO] == -UNBOUNDED, UNLIMITED, -table[:, LO])
+    right = np.where(table[:, HI] == UNBOUNDED, UNLIMITED, table[:, HI])
+    for window in dict.fromkeys(zip(left.tolist(), right.tolist(), strict=True)):
+        part = table[(left == window[0]) & (right == window[1])]
+        yield Window(*window), part[np.lexsort((part[:, K], part[:, Q]))]
+
+
+def _launch(window: Window, table: Table, batch: int, device: torch.device) -> Launch:
+    queries = _gathered(table[:, Q], table[:, NQ], device)
+    keys = _gathered(table[:, K], table[:, NK], device)
+    if len(table) == 1:
+        return Launch(window, queries, keys, None)
+    lengths = np.tile(table[:, [NQ, NK]].T, batch)
+    offsets = np.zeros((2, lengths.shape[1] + 1), dtype=np.int32)
+    np.cumsum(lengths, axis=1, out=offsets[:, 1:])
+    starts_q, starts_k = on_device(offsets, device)
+    longest = lengths.max(axis=1).tolist()
+    return Launch(window, queries, keys, Offsets(starts_q, starts_k, *longest))
+
+
+def _gathered(starts: Table, lengths: Table, device: torch.device) -> Gathered:
+    ends = starts + lengths
+    number = int(lengths.sum())
+    if (starts[1:] == ends[:-1]).all():
+        return Gathered(number, slice(int(starts[0]), int(ends[-1])), None, ())
+    before = np.cumsum(lengths) - lengths
+    index = np.repeat(starts - before, lengths) + np.arange(number)
+    on = on_device(index, device)
+    times = _earlier(index)
+    if not times.any():
+        return Gathered(number, None, on, ((None, on),))
+    turns = []
+    for turn in range(int(times.max()) + 1):
+        chosen = np.flatnonzero(times == turn)
+        turns.append((on_device(chosen, device), on_device(index[chosen], device)))
+    return Gathered(number, None, on, tuple(turns))
+
+
+def _earlier(index: Table) -> Table:
+    """How many earlier entries are the same as each."""
+    order = np.argsort(index, kind="stable")
+    ordered = index[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    since = np.arange(len(index)) - np.repeat(starts, np.diff(np.append(starts, len(index))))
+    times = np.empty_like(since)
+    times[order] = since
+    return times
+
+
+def on_device(table: Table, device: torch.device) -> Tensor:
+    """A table as a tensor; to a GPU it is copied from pinned memory, so that nothing waits for it."""
+    made = torch.from_numpy(np.ascontiguousarray(table))
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
