@@ -19,6 +19,7 @@ _KERNELS: Registry[tuple[str, str], Kernel] = Registry(
         ("torch", "cuda"): "cphandler.kernels.torch_cuda:TorchCudaKernel",
         ("torch_flash", "cuda"): "cphandler.kernels.torch_flash:TorchFlashKernel",
         ("torch_efficient", "cuda"): "cphandler.kernels.torch_efficient:TorchEfficientKernel",
+        ("torch_cudnn", "cuda"): "cphandler.kernels.torch_cudnn:TorchCudnnKernel",
         ("flash_attn_2", "cuda"): "cphandler.kernels.flash_attn_2:FlashAttn2Kernel",
         ("flash_attn_3", "cuda"): "cphandler.kernels.flash_attn_3:FlashAttn3Kernel",
         ("flash_attn_4", "cuda"): "cphandler.kernels.flash_attn_4:FlashAttn4Kernel",
@@ -35,6 +36,7 @@ _PREFERENCES: dict[tuple[str, str], int] = {
     ("torch", "cuda"): 20,
     ("torch_flash", "cuda"): 18,
     ("torch_efficient", "cuda"): 16,
+    ("torch_cudnn", "cuda"): 14,
     ("reference", "any"): 0,
 }
 """``"auto"`` takes the highest that takes the call. Between packages the order is their authors' figures for Hopper."""

@@ -187,7 +187,84 @@ def efficient_backward(
     return dq, dk, dv, none
 
 
+def cudnn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """``aten::_cudnn_attention_forward``: dense batches have their heads first, packed rows are read as contiguous."""
+    counted.append("cudnn forward")
+    assert bias is None
+    assert compute_log_sumexp
+    assert not dropout_p
+    assert not return_debug_mask
+    turned = [x.transpose(1, 2) if starts_q is None else x for x in (q, k, v)]
+    checked(*turned, dtypes=HALF)
+    call = Call(is_causal, -1, -1, scale or q.shape[-1] ** -0.5, top_left=True)
+    if starts_q is None or starts_k is None:
+        assert (max_q, max_k) == (q.shape[2], k.shape[2])
+        out, lse = dense_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call)
+        out, lse = out.transpose(1, 2), lse.unsqueeze(-1)
+    else:
+        assert all(x.is_contiguous() for x in (q, k, v))
+        offsets_checked(starts_q, len(q), max_q)
+        offsets_checked(starts_k, len(k), max_k)
+        out, lse = packed_forward(q, k, v, (starts_q, starts_k), call)
+        lse = lse.t().contiguous().unsqueeze(-1)
+    none = torch.zeros((), dtype=torch.int64)
+    return out, lse, none, none.clone(), max_q, max_k, none.clone(), none.clone(), none.clone()
+
+
+def cudnn_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``aten::_cudnn_attention_backward``."""
+    counted.append("cudnn backward")
+    assert not dropout_p
+    turned = [x.transpose(1, 2) if starts_q is None else x for x in (q, k, v)]
+    checked(*turned, dtypes=HALF)
+    call = Call(is_causal, -1, -1, scale or q.shape[-1] ** -0.5, top_left=True)
+    if starts_q is None or starts_k is None:
+        assert lse.shape == (*q.shape[:3], 1)
+        turned = [x.transpose(1, 2) for x in (grad_out, q, k, v, out)]
+        grads = dense_backward(turned[0], (turned[1], turned[2], turned[3]), turned[4], lse.squeeze(-1), call)
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+    assert lse.shape == (*q.shape[:2], 1)
+    assert all(x.is_contiguous() for x in (grad_out, q, k, v, out, lse))
+    return packed_backward(grad_out, (q, k, v), out, lse.squeeze(-1).t(), (starts_q, starts_k), call)
+
+
 DOUBLES = {
+    "_cudnn_attention_forward": cudnn_forward,
+    "_cudnn_attention_backward": cudnn_backward,
     "_flash_attention_forward": flash_forward,
     "_flash_attention_backward": flash_backward,
     "_efficient_attention_forward": efficient_forward,

@@ -202,7 +202,7 @@ MODULES = {
 }
 """Distribution, version and functions by module."""
 
-KERNELS = ("torch", "torch_flash", "torch_efficient", "flash_attn_2", "flash_attn_3", "flash_attn_4")
+KERNELS = ("torch", "torch_flash", "torch_efficient", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
 """Kernels for CUDA that run on the doubles."""
 
 CACHES = (packages.installed, packages.missing, packages.parameters, get_kernel)
