@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # loaded later, by operators' first call, it holds the world group for good
 from torch import Tensor
 
+from cphandler.comm.staging import Staging
 from cphandler.comm.traffic import record_sent
 from cphandler.errors import InvalidValueError, RankLostError, RankMismatchError
 from cphandler.precision import accumulator_dtype
@@ -111,6 +112,11 @@ def _on_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
     return transports(group).get(device.type) == "gloo"
 
 
+def _staging(x: Tensor, group: dist.ProcessGroup) -> Staging | None:
+    """Where messages must pass through the host although they are not on it."""
+    return Staging() if x.device.type != "cpu" and _on_gloo(x.device, group) else None
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where a small tensor of integers should live to travel in this group: the host where the group serves it."""
     if "cpu" in transports(group):
@@ -144,6 +150,7 @@ class Transfer:
         tensors: what must stay alive.
         at: where a work is with one peer each (gloo), the members.
         peers: and which of them.
+        staging: the host's copies of what a device sends and receives.
     """
 
     def __init__(
@@ -152,8 +159,9 @@ class Transfer:
         tensors: Sequence[Tensor] = (),
         at: Members | None = None,
         peers: Sequence[int] = (),
+        staging: Staging | None = None,
     ) -> None:
-        self._works, self._tensors = list(works), list(tensors)
+        self._works, self._tensors, self._staging = list(works), list(tensors), staging
         self._at, self._peers = at, list(peers)
 
     def wait(self) -> None:
@@ -168,6 +176,8 @@ class Transfer:
                     work.wait()
             else:
                 self._wait_for_peers(self._at)
+            if self._staging is not None:
+                self._staging.land()
         finally:
             for held in (self._works, self._tensors, self._peers):
                 held.clear()
@@ -322,6 +332,10 @@ def _posted(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor
         ]
         return Transfer(dist.batch_isend_irecv(batch), tensors)
     works: list[Any] = []
+    staging = _staging(tensors[0], at.group)
+    if staging is not None:
+        tensors = (*(staging.leaving(x) for x, _ in sends), *(staging.arriving(x) for x, _ in receives))
+        staging.settle()
     with ended_on_error(at):
         for operation, tensor, peer in zip(operations, tensors, peers, strict=True):
             to_or_from = {"group_dst" if operation is dist.isend else "group_src": at.peers[peer]}
@@ -329,7 +343,7 @@ def _posted(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor
                 works.append(operation(tensor, group=at.group, **to_or_from))
             except RuntimeError as error:
                 raise _lost(at, [peer], error) from error
-    return Transfer(works, tensors, at, peers)
+    return Transfer(works, tensors, at, peers, staging)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -379,6 +393,10 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
     if not _on_gloo(x.device, at.group):
         dist.all_to_all_single(arriving, sent, receives, sends, group=at.group)
         return received
+    staging = _staging(x, at.group)
+    if staging is not None:
+        sent, arriving = staging.leaving(sent), staging.arriving(arriving)
+        staging.settle()
     marks = _Marks(arriving.split(recv_counts), at.rank)
     with ended_on_error(at):
         work = dist.all_to_all_single(arriving, sent, receives, sends, group=at.group, async_op=True)
@@ -386,6 +404,8 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
             _finish(work, None if at.limit is None else time.monotonic() + at.limit)
         except RuntimeError as error:
             raise _lost(at, marks.unwritten(), error) from error
+    if staging is not None:
+        staging.land()
     return received
 
 
