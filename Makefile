@@ -14,11 +14,13 @@ MINUTES ?=
 SEED ?=
 FUZZ ?=
 PYTEST ?=
+GPU ?=
+GPU_JSON ?= gpu-check.json
 # Processes that share the test suite.
 WORKERS ?= 2
 
 .PHONY: help demo test test-all fuzz check format lint types build
-.PHONY: bench bench-peers bench-model bench-network precision options planning blocks clean
+.PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -72,6 +74,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+## make gpu-check every kernel, merged rings, real ranks and the demo on this machine's GPU: GPU="--only kernels,ring", no install
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --json $(GPU_JSON) $(GPU)
 
 ## make build     wheel and source distribution
 build: $(VENV)/installed
