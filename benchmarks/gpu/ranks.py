@@ -40,9 +40,9 @@ def attention_error(backend: str, size: int, dtype: torch.dtype, kind: str) -> f
     leaves = [handler.dispatch(x.to(device), 0).detach().requires_grad_() for x in drawn[:3]]
     out = handler.core_attn(None, *leaves)
     grads = torch.autograd.grad(out, leaves, handler.dispatch(drawn[3].to(device), 0))
-    wide = [x.double().requires_grad_() for x in drawn[:3]]
-    whole = dense_attention(*wide, _visible(offsets), qkv_format="thd")[0]
-    expected = [whole.detach(), *torch.autograd.grad(whole, wide, drawn[3].double())]
+    q, k, v = (x.double().requires_grad_() for x in drawn[:3])
+    whole = dense_attention(q, k, v, _visible(offsets), qkv_format="thd")[0]
+    expected = [whole.detach(), *torch.autograd.grad(whole, (q, k, v), drawn[3].double())]
     return max(
         float((a.double().cpu() - handler.dispatch(e, 0)).norm() / handler.dispatch(e, 0).norm().clamp_min(1e-12))
         for a, e in zip([out.detach(), *grads], expected, strict=True)

@@ -6,6 +6,9 @@ Attention over the union of two sets is the average of the two outputs weighted 
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,15 +19,41 @@ from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.precision import accumulator_dtype
 
 
-def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, index: Tensor | None = None) -> None:
     """Merge a block's attention over further keys into ``out`` and ``lse``, in place.
 
     ``out`` becomes the average of both weighted by ``exp(lse)``. Where both are ``-inf`` the result is 0 and ``-inf``;
     where one is, it is the other to the last bit.
+
+    Args:
+        out: ``[B, L, N, D]`` in the accumulators' dtype.
+        lse: ``[B, L, N]``.
+        block_out: ``[B, n, N, D]``.
+        block_lse: ``[B, n, N]``.
+        index: ``[n]`` different rows that the block's belong to; None where n is L.
     """
+    fused = _fused() if out.is_cuda else None
+    if fused is not None and fused.takes(out):
+        fused.merge_rows(out, lse, block_out, block_lse, index)
+        return
+    whole, total = out, lse
+    if index is not None:
+        out, lse = out.index_select(1, index), lse.index_select(1, index)
     weight = torch.sub(block_lse, lse).sigmoid_().nan_to_num_(0.0)
     out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
     torch.logaddexp(lse, block_lse, out=lse)
+    if index is not None:
+        whole.index_copy_(1, index, out)
+        total.index_copy_(1, index, lse)
+
+
+@lru_cache
+def _fused() -> ModuleType | None:
+    """The merge in one pass; None where there is no Triton, or one that does not work with this torch."""
+    try:
+        return import_module("cphandler.kernels.fused_merge")
+    except Exception:  # a broken Triton raises what it likes, and torch's operations do the same
+        return None
 
 
 def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

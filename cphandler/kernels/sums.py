@@ -216,10 +216,7 @@ class AttentionSum:
             self._lse.tensor.index_copy_(1, index, lse)
         else:
             self._blank(ALL)
-            merged, total = self._out.tensor.index_select(1, index), self._lse.tensor.index_select(1, index)
-            merge_into(merged, total, out, lse)
-            self._out.tensor.index_copy_(1, index, merged)
-            self._lse.tensor.index_copy_(1, index, total)
+            merge_into(self._out.tensor, self._lse.tensor, out, lse, index)
         self._covered.mark(ALL)
 
     def _blank(self, rows: slice) -> None:
