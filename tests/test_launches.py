@@ -1,0 +1,96 @@
+"""What one call asks of a GPU: launches, tables and waits, counted on operators that compute nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from cphandler import Causal, CPConfig, Full, Mask, SlidingWindow, clear_plan_cache, get_cp_handler_cls
+from cphandler.kernels import launches
+from cphandler.testing import RankPool
+from tests.doubles import operators
+from tests.doubles.packages import kernels_on_cpu
+
+WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal")
+"""Operators that wait for a device, had they tensors on one."""
+
+LENGTHS = [16 * (i % 7 + 1) for i in range(40)]
+
+
+def hollow_forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, *rest: Any, **options: Any) -> Any:
+    operators.counted.append("forward")
+    shape = (q.shape[1], len(q)) if starts is not None else (len(q), q.shape[2], q.shape[1])
+    none = torch.empty(0)
+    return torch.zeros_like(q), q.new_zeros(shape, dtype=torch.float32), none, none.clone(), none.clone()
+
+
+def hollow_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
+    operators.counted.append("backward")
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+HOLLOW = {"_flash_attention_forward": hollow_forward, "_flash_attention_backward": hollow_backward}
+
+
+def step(backend: str, mask: Mask, lengths: list[int]) -> dict[str, Any]:
+    """Of the second of two equal calls: launches by name, waits, and tables that went to the device."""
+    with mock.patch.dict(operators.DOUBLES, HOLLOW), kernels_on_cpu() as calls:
+        clear_plan_cache()
+        group = None if backend == "local" else torch.distributed.group.WORLD
+        handler = get_cp_handler_cls(backend)(
+            cp_group=group,
+            qkv_format="thd",
+            cu_seqlens_q=torch.tensor([0, *np.cumsum(lengths)]),
+            mask=mask,
+            config=CPConfig(kernel="double_torch_flash"),
+        )
+        rows = handler.num_local_tokens
+        q, k, v = (torch.randn(rows, n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (8, 4, 4))
+
+        def call() -> None:
+            torch.autograd.grad(handler.core_attn(None, q, k, v), (q, k, v), torch.zeros(rows, 8, 16).bfloat16())
+
+        call()
+        calls.clear()
+        with (
+            mock.patch.object(launches, "on_device", side_effect=launches.on_device) as tables,
+            profile(activities=[ProfilerActivity.CPU]) as seen,
+        ):
+            call()
+        waits = [event.name for event in seen.events() if event.name in WAITS]
+        made = {name: calls.count(name) for name in ("forward", "backward")}
+        return {"launches": made, "waits": waits, "tables": tables.call_count}
+
+
+@pytest.mark.parametrize("number", [1, 40])
+@pytest.mark.parametrize("mask", [Causal(), Full(), SlidingWindow(1000), SlidingWindow(9)], ids=str)
+def test_one_rank_makes_one_launch(mask: Mask, number: int) -> None:
+    """A window wider than a document is a causal launch."""
+    found = step("local", mask, LENGTHS[-number:] if number > 1 else [64])
+    assert found["launches"] == {"forward": 1, "backward": 1}
+    assert found["waits"] == []
+    assert found["tables"] == 0
+
+
+def test_a_step_of_an_exchange_makes_one_launch(ranks: RankPool) -> None:
+    """Four steps of a ring: the local one is causal, the others are rectangles, whatever the number of documents."""
+    for found in ranks.run(step, "ring", Causal(), LENGTHS):
+        assert found["launches"] == {"forward": 4, "backward": 4}
+        assert found["waits"] == []
+        assert found["tables"] == 0
+
+
+@pytest.mark.parametrize("backend", ["ulysses", "p2p", "all_gather"])
+def test_other_exchanges(ranks: RankPool, backend: str) -> None:
+    most = {"ulysses": 1, "p2p": 4, "all_gather": 4}[backend]
+    for found in ranks.run(step, backend, Causal(), LENGTHS):
+        assert found["launches"]["forward"] <= most
+        assert found["launches"]["backward"] <= most
+        assert found["waits"] == []
+        assert found["tables"] == 0
