@@ -237,7 +237,7 @@ def kernels_on_cpu(
             for end in range(1, len(path.split(".")) + 1):
                 made.setdefault(name := ".".join(path.split(".")[:end]), ModuleType(name))
             vars(made[path]).update(functions())
-        stack.enter_context(_imported(made))
+        stack.enter_context(imported(made))
         stack.enter_context(mock.patch.object(packages, "version", version))
         stack.enter_context(mock.patch.object(packages, "capability", return_value=capability))
         stack.enter_context(mock.patch.object(registry, "_KERNELS", copy.deepcopy(before[0])))
@@ -255,7 +255,7 @@ def kernels_on_cpu(
 
 
 @contextmanager
-def _imported(modules: dict[str, ModuleType]) -> Iterator[None]:
+def imported(modules: dict[str, ModuleType]) -> Iterator[None]:
     """Modules as if imported; what else is imported meanwhile stays."""
     before = {name: sys.modules.get(name) for name in modules}
     sys.modules.update(modules)
