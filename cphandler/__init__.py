@@ -66,6 +66,10 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.tokens.packing import pack_lengths as pack_lengths
     from cphandler.tokens.packing import unpack_documents as unpack_documents
     from cphandler.training.batch import get_batch_on_this_cp_rank as get_batch_on_this_cp_rank
+    from cphandler.training.labels import next_token_labels as next_token_labels
+    from cphandler.training.labels import shift_labels as shift_labels
+    from cphandler.training.log_probs import TokenLogProbs as TokenLogProbs
+    from cphandler.training.log_probs import token_log_probs as token_log_probs
     from cphandler.training.losses import connect_zero_loss as connect_zero_loss
 
     merge = merge_attention
@@ -117,7 +121,11 @@ _MODULES: dict[str, str] = {
     "UnsupportedError": "errors",
     "available_cp_handlers": "handler.factory",
     "clear_plan_cache": "sharding.cache",
+    "TokenLogProbs": "training.log_probs",
     "connect_zero_loss": "training.losses",
+    "next_token_labels": "training.labels",
+    "shift_labels": "training.labels",
+    "token_log_probs": "training.log_probs",
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",
