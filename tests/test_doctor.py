@@ -24,7 +24,7 @@ from cphandler.cli import doctor
 from cphandler.cli import kernels as table
 from cphandler.cli.app import app
 from cphandler.kernels import Kernel, candidates, get_kernel, kernel_devices, register_kernel
-from cphandler.kernels.packages import Package
+from cphandler.kernels.packages import Package, numbers
 from tests.doubles.packages import MODULES, install_broken_packages, kernels_on_cpu
 
 ROOT = Path(__file__).parent.parent
@@ -202,7 +202,8 @@ def test_install_lines_of_packages() -> None:
             continue
         assert f'"cphandler[{released[name]}]"' in package.install
         (requirement,) = known[released[name]]
-        assert requirement.startswith(f"{name}>={'.'.join(map(str, package.oldest[:2]))}")
+        asked, oldest, newest = re.split(">=|,<", requirement)
+        assert (asked, numbers(oldest), numbers(newest)) == (name, package.oldest, package.newest)
     assert all(set(package.distributions) <= {d for ds in doctor.PACKAGES.values() for d in ds} for package in declared)
 
 
