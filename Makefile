@@ -19,7 +19,7 @@ GPU_JSON ?= gpu-check.json
 # Processes that share the test suite.
 WORKERS ?= 2
 
-.PHONY: help demo test test-all fuzz check format lint types build
+.PHONY: help demo test test-all fuzz check format lint types build gpu-extras
 .PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning blocks clean
 
 help:
@@ -82,6 +82,15 @@ gpu-check:
 ## make build     wheel and source distribution
 build: $(VENV)/installed
 	$(BIN)/python -m build --no-isolation
+
+NO_CUDA := is built without CUDA, and these packages compile against it: make clean, then make gpu-extras with a CUDA build
+
+## make gpu-extras  flash-attn and TransformerEngine, compiled without build isolation against the CUDA torch that is there
+gpu-extras: $(VENV)/installed
+	@$(BIN)/python -c "import sys, torch as t; sys.exit(None if t.version.cuda else f'torch {t.__version__} $(NO_CUDA)')"
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt wheel setuptools ninja psutil packaging
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e ".[gpu]" \
+		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 
 ## make bench     attention under every backend beside the plain kernel on one rank
 bench: $(VENV)/installed

@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.errors import RankMismatchError as RankMismatchError
     from cphandler.errors import UnsupportedError as UnsupportedError
     from cphandler.handler.contract import ContextParallelHandler as ContextParallelHandler
+    from cphandler.handler.explanation import Explanation as Explanation
+    from cphandler.handler.factory import Availability as Availability
     from cphandler.handler.factory import available_cp_handlers as available_cp_handlers
     from cphandler.handler.factory import get_cp_handler_cls as get_cp_handler_cls
     from cphandler.handler.factory import register_cp_handler as register_cp_handler
@@ -85,6 +87,7 @@ _MODULES: dict[str, str] = {
     "AttentionModule": "attention.options",
     "AttentionOptions": "attention.options",
     "AttentionResult": "attention.loop",
+    "Availability": "handler.factory",
     "Balanced": "layouts.placement",
     "Bands": "tokens.masks",
     "BatchPlan": "plan.batch_plan",
@@ -99,6 +102,7 @@ _MODULES: dict[str, str] = {
     "Documents": "tokens.documents",
     "EngineShard": "sharding.shard",
     "Exchange": "attention.exchange",
+    "Explanation": "handler.explanation",
     "Fragments": "sharding.shard",
     "Full": "tokens.masks",
     "InvalidTypeError": "errors",

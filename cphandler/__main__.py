@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 
 from cphandler.errors import MissingPackageError
@@ -12,7 +13,12 @@ def main() -> None:
 
     Raises:
         MissingPackageError: typer or rich is not installed.
+        SystemExit: torch cannot be imported.
     """
+    try:
+        import_module("torch")
+    except Exception as error:  # a broken build raises what it likes
+        sys.exit(f"torch cannot be imported ({type(error).__name__}: {error}); install it again: pip install torch")
     try:
         app = import_module("cphandler.cli.app").app
     except ModuleNotFoundError as error:

@@ -11,6 +11,9 @@ from typing import Generic, TypeVar
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError
 
+BROKEN = (Exception, SystemExit)
+"""What importing a package that is there may raise: a broken build raises what it likes, and some end the program."""
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 

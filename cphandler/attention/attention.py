@@ -88,6 +88,9 @@ class Attention:
     whole: ClassVar[bool] = False
     """Whether the algorithm brings whole documents to a rank, so that a caller's own attention can be served."""
 
+    engine: ClassVar[str] = ""
+    """What computes attention in place of the library's kernels, for :meth:`ContextParallelHandler.explain`."""
+
     def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
         self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
         self._plans: dict[bool, Plans] = {}
@@ -96,6 +99,11 @@ class Attention:
             get_exchange(exchange)  # a name that is none is refused here, with one rank too
         self.check_batch()
         self.set_up()
+
+    @property
+    def parts(self) -> tuple[Attention, ...]:
+        """The algorithms that calls come to."""
+        return (self,)
 
     def set_up(self) -> None:
         """Make what the algorithm needs beside the shards, such as groups of its own; nothing by default."""

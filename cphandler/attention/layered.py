@@ -27,9 +27,14 @@ class LayeredAttention(Attention):
         super().__init__(host, name, capabilities)
         self._layers = layers
 
+    @property
+    def parts(self) -> tuple[Attention, ...]:
+        """The algorithms of the layers, each once."""
+        return tuple(dict.fromkeys(self._layers))
+
     def plan(self, mask: Mask) -> None:
         """:meth:`Attention.plan` of each algorithm."""
-        for layer in dict.fromkeys(self._layers):
+        for layer in self.parts:
             layer.plan(mask)
 
     def __call__(self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cphandler.cli import doctor, kernels
 from cphandler.cli.support import as_markdown, built_in, support
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Context parallelism: what there is.")
@@ -40,3 +42,23 @@ def show_support(
         marks = ["yes" if served else "[dim]no[/dim]" for served in row.served]
         table.add_row(f"  {row.name}", *marks)
     Console().print(table)
+
+
+@app.command("kernels")
+def show_kernels(
+    *, markdown: Annotated[bool, typer.Option(help="Print Markdown, as in docs/kernels.md.")] = False
+) -> None:
+    """What computes attention on each device, in order of preference."""
+    print(kernels.as_markdown() if markdown else kernels.as_text())
+
+
+@app.command("doctor")
+def show_what_is_here(
+    *, as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False
+) -> None:
+    """Versions, devices, backends and kernels: what can be used here, and what the others lack."""
+    report = doctor.examined()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        doctor.show(report, Console())

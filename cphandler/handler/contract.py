@@ -15,6 +15,7 @@ from cphandler.comm.collectives import device_of
 from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.handler.explanation import Algorithm, Explanation, Sample
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
 from cphandler.plan.batch_plan import BatchPlan
@@ -169,6 +170,53 @@ class ContextParallelHandler(ABC):
         """
         if mask is not None:
             make_mask(mask)
+
+    def explain(
+        self,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+        heads: int = 8,
+        kv_heads: int | None = None,
+        head_dim: int = 128,
+        value_head_dim: int | None = None,
+        softcap: bool = False,
+        dropout: bool = False,
+    ) -> Explanation:
+        """How :meth:`core_attn` will compute a call, and why: the algorithm, the kernel, and what the others lack.
+
+        Packages that bring kernels are imported, as the call would; nothing is sent. ``print`` shows all of it.
+
+        Args:
+            dtype: of queries, keys and values.
+            device: where they are; None for the handler's own. One that is not here has no kernel that can run.
+            heads: query heads N.
+            kv_heads: key and value heads G; None for N.
+            head_dim: D, of queries and keys.
+            value_head_dim: D_v, of values; None for D.
+            softcap: whether scores are capped.
+            dropout: whether weights are dropped.
+
+        Raises:
+            InvalidTypeError: a dtype that attention does not compute in, counts or flags that are none.
+            InvalidValueError: a device that torch does not know, or for which ``CPConfig.kernel`` names no kernel.
+        """
+        sample = Sample.checked(
+            dtype=dtype,
+            device=self.device if device is None else device,
+            softcap=softcap,
+            dropout=dropout,
+            heads=heads,
+            kv_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            value_head_dim=head_dim if value_head_dim is None else value_head_dim,
+        )
+        return Explanation.of(self._algorithm(), sample, self.config)
+
+    def _algorithm(self) -> Algorithm:
+        """What :meth:`explain` says of the class; one that computes with the library's kernels overrides it."""
+        name = type(self).__name__
+        return Algorithm(name, self.comm_type, self.cp_size, "its own", "its own", name)
 
     def _checked_positions(self, position_ids: PositionIds, name: str = "position_ids") -> Table:
         rows = None if self.queries.padded_rows is None else self.queries.padded_rows.num_documents

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Literal, NamedTuple, overload
 
-from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.errors import CPError, InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.registry import Registry, normal
+from cphandler.registry import BROKEN, Registry, normal
+from cphandler.tokens.counts import checked_flag
 
 ENTRY_POINTS = "cphandler.backends"
 """Entry-point group of third-party backends; a name is ``backend`` or ``backend:cp_comm_type``."""
@@ -111,9 +113,63 @@ def _adopt_announced(key: tuple[str, str | None]) -> None:
         _HANDLERS.register(key, path, _shown(key))
 
 
-def available_cp_handlers() -> list[tuple[str, str | None]]:
-    """Every ``(backend, cp_comm_type)`` that can be asked for; whether its package is installed is known when it is."""
-    return sorted({*_announced(), *_HANDLERS}, key=lambda key: (key[0], key[1] or ""))
+class Availability(NamedTuple):
+    """Whether a backend can be chosen here.
+
+    Attributes:
+        backend: its name.
+        comm_type: its comm type, or None.
+        reason: what is wrong where it cannot be chosen; None where it can.
+        fix: what can be done about it; None where nothing is wrong.
+    """
+
+    backend: str
+    comm_type: str | None
+    reason: str | None = None
+    fix: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Whether :func:`get_cp_handler_cls` gives its class."""
+        return self.reason is None
+
+    def __str__(self) -> str:
+        """``('local', 'ring'): usable``."""
+        found = "usable" if self.usable else f"not usable: {self.reason}; {self.fix}"
+        return f"{_shown((self.backend, self.comm_type))}: {found}"
+
+
+@overload
+def available_cp_handlers(*, explain: Literal[False] = False) -> list[tuple[str, str | None]]: ...
+
+
+@overload
+def available_cp_handlers(*, explain: Literal[True]) -> list[Availability]: ...
+
+
+def available_cp_handlers(*, explain: bool = False) -> list[tuple[str, str | None]] | list[Availability]:
+    """Every ``(backend, cp_comm_type)`` that can be asked for; whether its package is installed is known when it is.
+
+    Args:
+        explain: ask for each, as :func:`get_cp_handler_cls` would, and tell which can be had, and what the others lack.
+            Their packages are imported; whatever that raises is told, not raised.
+
+    Raises:
+        InvalidTypeError: ``explain`` is no bool.
+    """
+    names = sorted({*_announced(), *_HANDLERS}, key=lambda key: (key[0], key[1] or ""))
+    return [_availability(*key) for key in names] if checked_flag("explain", explain) else names
+
+
+def _availability(backend: str, comm_type: str | None) -> Availability:
+    try:
+        get_cp_handler_cls(backend, comm_type)
+    except CPError as error:
+        fix = error.fix or "mend or uninstall what raises it"
+        return Availability(backend, comm_type, str(error).removesuffix(f"; {fix}"), fix)
+    except BROKEN as error:
+        return Availability(backend, comm_type, f"{type(error).__name__}: {error}", "mend or uninstall what raises it")
+    return Availability(backend, comm_type)
 
 
 def get_cp_handler_cls(

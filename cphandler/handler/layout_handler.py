@@ -16,6 +16,7 @@ from cphandler.attention.plans import take_ahead
 from cphandler.comm.consistency import Consistency, digest, kind_of, shortened, shown
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import AskedLayout, ContextParallelHandler, FreqsMode, check_stream
+from cphandler.handler.explanation import Algorithm
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
 from cphandler.plan.batch_plan import BatchPlan
@@ -147,6 +148,15 @@ class LayoutHandler(ContextParallelHandler):
     def algorithm(self) -> str:
         """How this handler computes attention, the same on every rank that computes it in the same way."""
         return type(self).__name__
+
+    def _algorithm(self) -> Algorithm:
+        layouts = dict.fromkeys(shard.layout.name for shard in (self.shards.queries, self.shards.keys))
+        parts = self.attention.parts
+        exchanges = dict.fromkeys(part.exchange for part in parts) if self.cp_size > 1 else {"": None}
+        has_own = type(self).core_attn is not LayoutHandler.core_attn
+        engine = type(self).__name__ if has_own else ", ".join(dict.fromkeys(part.engine for part in parts))
+        shown = ", ".join(name or "none" for name in exchanges)
+        return Algorithm(self.algorithm, self.comm_type, self.cp_size, ", ".join(layouts), shown, engine)
 
     def core_attn(
         self, attn_mod: Any, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[OptionalArguments]

@@ -41,6 +41,7 @@ class FlashAttn2Kernel(VarlenKernel):
     """flash-attn 2; float16 and bfloat16, head dims up to 256, windows, soft caps, grouped-query heads."""
 
     name = "flash_attn_2"
+    package = PACKAGE
     deterministic = True
     refuses: ClassVar[Mapping[str, str]] = NO_DROPOUT
 

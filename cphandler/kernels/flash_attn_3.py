@@ -43,6 +43,7 @@ class FlashAttn3Kernel(VarlenKernel):
     """flash-attn 3; float16 and bfloat16, head dims up to 256, windows, soft caps, grouped-query heads; Hopper only."""
 
     name = "flash_attn_3"
+    package = PACKAGE
     deterministic = True
     refuses: ClassVar[Mapping[str, str]] = NO_DROPOUT
 

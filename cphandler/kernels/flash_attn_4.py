@@ -38,6 +38,7 @@ class FlashAttn4Kernel(VarlenKernel):
     """flash-attn 4; float16 and bfloat16, head dims up to 256, windows, grouped-query heads."""
 
     name = "flash_attn_4"
+    package = PACKAGE
     deterministic = True
     takes_grad_lse = True
     refuses: ClassVar[Mapping[str, str]] = NO_DROPOUT

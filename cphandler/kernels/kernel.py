@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cphandler.kernels.dropout import Dropout
+from cphandler.kernels.packages import Package
 from cphandler.kernels.strips import additive_mask, tiles
 from cphandler.kernels.sums import AttentionSum, RowSum
 from cphandler.kernels.tables import DeviceTables
@@ -65,6 +66,9 @@ class Kernel(ABC):
     takes_prefix: bool = False
     """Whether rows that see a long prefix and a diagonal after it are best computed in one call."""
 
+    package: ClassVar[Package | None] = None
+    """The package that brings it, beside torch."""
+
     refuses: ClassVar[Mapping[str, str]] = {"softcap": "softcap", "dropout": "dropout"}
     """Options of :class:`Softmax` that this kernel does not compute, each with what to say when it is asked for. A
     kernel that computes one must say so by leaving it out."""
@@ -74,8 +78,20 @@ class Kernel(ABC):
         return None if self.deterministic else "deterministic=True, and this kernel is not"
 
     def unusable(self) -> str | None:
-        """Why this kernel cannot run here at all (a package that is missing, say) and the way out; None if it can."""
+        """Why this kernel cannot run here at all (a package that is missing, say) and the way out; None if it can.
+
+        Two clauses, ``"...; ..."``: the first says what is wrong, the other what can be done.
+        """
         return None
+
+    def fuses_windows(self, dtype: torch.dtype) -> bool:
+        """Whether windows are computed as fast as full and causal attention is; else densely, tile by tile.
+
+        Args:
+            dtype: of queries, keys and values.
+        """
+        del dtype
+        return True
 
     @abstractmethod
     def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:

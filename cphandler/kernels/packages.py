@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cphandler.registry import BROKEN
+
 
 class Package(NamedTuple):
     """A package, the versions whose signatures were read, and how it is installed.
@@ -52,12 +54,22 @@ def numbers(text: str) -> tuple[int, ...]:
 @lru_cache
 def installed(package: Package) -> tuple[str, str] | None:
     """Distribution and version of a package that is installed; None where none is."""
-    for name in package.distributions:
-        try:
-            return name, version(name)
-        except PackageNotFoundError:
-            continue
-    return None
+    found = ((name, version_of(name)) for name in package.distributions)
+    return next(((name, text) for name, text in found if text is not None), None)
+
+
+def version_of(distribution: str) -> str | None:
+    """Version of a distribution as its metadata tell it, nothing imported; None where it is not installed.
+
+    Args:
+        distribution: the name under which it is released.
+    """
+    try:
+        return version(distribution) or "of no version"  # metadata cut short have none
+    except PackageNotFoundError:
+        return None
+    except BROKEN as error:
+        return f"of metadata that cannot be read ({type(error).__name__})"
 
 
 @lru_cache
@@ -72,7 +84,7 @@ def missing(package: Package) -> str | None:
         return f"{name} {text}: only versions from {oldest} to below {newest} were read; {package.install}"
     try:
         import_module(package.module)
-    except Exception as error:  # a broken build raises what it likes
+    except BROKEN as error:
         return f"{name} {text} cannot be imported ({type(error).__name__}: {error}); {package.install}"
     return None
 
@@ -103,10 +115,13 @@ def lacking(package: Package, needs: Mapping[str, Iterable[str]]) -> str | None:
         needs: parameters by function; of ``"a|b"`` one is enough.
     """
     for name, wanted in needs.items():
-        call = getattr(import_module(package.module), name, None)
+        try:
+            call = getattr(import_module(package.module), name, None)
+            known = frozenset() if call is None else parameters(call)
+        except BROKEN as error:  # from a module that makes its names when they are asked for, or compiled code
+            return f"{package.module}.{name} cannot be read ({type(error).__name__}: {error}); {package.install}"
         if call is None:
             return f"{package.module} has no {name}; {package.install}"
-        known = parameters(call)
         absent = [one for one in wanted if not known.intersection(one.split("|"))]
         if absent:
             return f"{package.module}.{name} has no {', '.join(absent)}; {package.install}"
@@ -139,10 +154,27 @@ def device_lacks(oldest: int, newest: int, what: str) -> str | None:
     """
     found = capability()
     if found is None:
-        return f"{what} needs a CUDA device; there is none"
+        return f"{what} needs a CUDA device, and torch {torch.__version__} sees none; {A_DEVICE}"
     if oldest <= found < newest:
         return None
-    return f"{what} runs on compute capability {oldest / 10} to below {newest / 10}, and this device has {found / 10}"
+    served = f"{what} runs on compute capability {oldest / 10} to below {newest / 10}"
+    return f"{served}, and this device has {found / 10}; use another device, or another kernel"
+
+
+A_DEVICE = "run where there is one, under a build of torch that was made for it"
+"""The way out where a device is missing."""
+
+
+def has_device(device_type: str) -> bool:
+    """Whether torch sees a device of a type.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+    """
+    if device_type == "cpu":
+        return True
+    found = getattr(torch, device_type, None)
+    return found is not None and bool(found.is_available())
 
 
 def capability() -> int | None:

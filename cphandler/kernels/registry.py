@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.kernels.kernel import Kernel
-from cphandler.registry import Registry, normal
+from cphandler.kernels.packages import A_DEVICE, has_device
+from cphandler.registry import BROKEN, Registry, normal
 
 _KERNELS: Registry[tuple[str, str], Kernel] = Registry(
     "kernel",
@@ -88,9 +91,14 @@ def get_kernel(name: str, device_type: str) -> Kernel:
     Raises:
         InvalidValueError: there is none.
     """
+    key = _known(name, device_type)
+    return _KERNELS.get(key, _shown(key))()
+
+
+def _known(name: str, device_type: str) -> tuple[str, str]:
     for key in ((normal(name), device_type), (normal(name), "any")):
         if key in _KERNELS:
-            return _KERNELS.get(key, _shown(key))()
+            return key
     raise InvalidValueError(
         f"no kernel {name!r} for {device_type} tensors",
         fix=f"CPConfig.kernel may be auto, {', '.join(available_kernels(device_type))}",
@@ -130,6 +138,91 @@ def check_kernel_name(name: str) -> None:
         )
 
 
+class Asked(NamedTuple):
+    """What a call asks of a kernel.
+
+    Attributes:
+        q: queries; dtype, device and head dims count.
+        k: keys.
+        v: values.
+        deterministic: take only kernels that give the same bits in two runs.
+        softcap: take only kernels that cap scores.
+        dropout: take only kernels that drop weights.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    deterministic: bool = False
+    softcap: bool = False
+    dropout: bool = False
+
+
+class Candidate(NamedTuple):
+    """A kernel for a device, and what it has against a call.
+
+    Attributes:
+        name: what ``CPConfig.kernel`` names.
+        preference: ``"auto"`` takes the highest that takes the call.
+        refusal: why it does not take the call; None where it does.
+        fix: what would make it usable here, where it is not; None where it is, or nothing is known.
+        error: what was raised when it was loaded or asked; a call that comes to it raises the same.
+    """
+
+    name: str
+    preference: int
+    refusal: str | None = None
+    fix: str | None = None
+    error: BaseException | None = None
+
+
+def kernel_devices() -> list[str]:
+    """Types of devices that a kernel is registered for by name."""
+    return sorted({device_type for _, device_type in _KERNELS} - {"any"})
+
+
+def candidates(device_type: str, asked: Asked | None = None) -> Iterator[Candidate]:
+    """The kernels for a device in the order in which ``"auto"`` tries them, each asked when its turn comes.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        asked: a call; None asks only what can run here at all. Where its tensors stand in for those of a device that
+            is not here, every kernel refuses.
+    """
+    names = dict.fromkeys(key[0] for key in sorted(_on(device_type), key=lambda key: -_PREFERENCES[key]))
+    return (_candidate(name, device_type, asked) for name in names)
+
+
+def _candidate(name: str, device_type: str, asked: Asked | None) -> Candidate:
+    preference = max(_PREFERENCES[key] for key in _on(device_type) if key[0] == name)
+    try:
+        reason, fix = _unusable(get_kernel(name, device_type), device_type, asked)
+        if reason is None and asked is not None:
+            reason = _refusal(get_kernel(name, device_type), asked)
+        return Candidate(name, preference, reason, fix)
+    except BROKEN as error:  # of a kernel of the caller's own, say
+        fix = getattr(error, "fix", None) or f"mend the kernel {name!r}, or choose another one by CPConfig.kernel"
+        return Candidate(name, preference, f"{type(error).__name__}: {error}", fix, error)
+
+
+def _unusable(kernel: Kernel, device_type: str, asked: Asked | None) -> tuple[str | None, str | None]:
+    """Why a kernel cannot run here, and the way out; twice None where it can."""
+    told = kernel.unusable()
+    if told is None:
+        is_here = (asked is not None and asked.q.device.type == device_type) or has_device(device_type)
+        return (None, None) if is_here else (f"torch {torch.__version__} sees no {device_type} device", A_DEVICE)
+    install = "" if kernel.package is None else kernel.package.install
+    if install and told.endswith(f"; {install}"):  # which may have such marks in it
+        return told.removesuffix(f"; {install}"), install
+    reason, _, way_out = told.rpartition("; ")
+    return (reason, way_out) if reason else (told, None)
+
+
+def _refusal(kernel: Kernel, asked: Asked) -> str | None:
+    told = kernel.nondeterminism() if asked.deterministic else None
+    return told or kernel.refusal(asked.q, asked.k, asked.v, softcap=asked.softcap, dropout=asked.dropout)
+
+
 def select_kernel(
     name: str,
     q: Tensor,
@@ -155,22 +248,39 @@ def select_kernel(
         InvalidValueError: no such kernel.
         UnsupportedError: the kernel asked for does not take these tensors or options, or is not deterministic.
     """
-    wanted = normal(name)
-    options = {"deterministic": deterministic, "softcap": softcap, "dropout": dropout}
-    if wanted == "auto":
-        names = dict.fromkeys(key[0] for key in sorted(_on(q.device.type), key=lambda key: -_PREFERENCES[key]))
-        return next((one for one in names if _refusal(one, q, k, v, **options) is None), "reference")
-    refusal = _refusal(wanted, q, k, v, **options)
-    if refusal is not None:
+    return _taken(choose(name, q.device.type, Asked(q, k, v, deterministic, softcap, dropout)), shown=name)
+
+
+def choose(name: str, device_type: str, asked: Asked) -> Candidate:
+    """The kernel that a call comes to; it may still refuse the call.
+
+    Args:
+        name: a kernel's name, or ``"auto"``.
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        asked: the call.
+
+    Raises:
+        InvalidValueError: no such kernel.
+    """
+    if normal(name) != "auto":
+        _known(name, device_type)
+        return _candidate(normal(name), device_type, asked)
+    one = None
+    for one in candidates(device_type, asked):
+        if one.refusal is None or one.error is not None:
+            break
+    return one or Candidate("reference", 0)
+
+
+def _taken(candidate: Candidate, *, shown: str) -> str:
+    """The name of a kernel that takes the call; raises what another one has against it."""
+    if candidate.error is not None:
+        raise candidate.error
+    if candidate.refusal is not None:
+        way_out = 'use CPConfig(kernel="reference"), or "auto" to be given the fastest that can'
         raise UnsupportedError(
-            f"kernel {name!r} cannot be used here",
-            got=refusal,
-            fix='use CPConfig(kernel="reference"), or "auto" to be given the fastest that can',
+            f"kernel {shown!r} cannot be used here",
+            got=candidate.refusal,
+            fix=way_out if candidate.fix is None else f"{candidate.fix}; or {way_out}",
         )
-    return wanted
-
-
-def _refusal(name: str, q: Tensor, k: Tensor, v: Tensor, *, deterministic: bool, **options: bool) -> str | None:
-    kernel = get_kernel(name, q.device.type)
-    told = kernel.unusable() or (kernel.nondeterminism() if deterministic else None)
-    return told or kernel.refusal(q, k, v, **options)
+    return candidate.name

@@ -40,6 +40,10 @@ class TorchCudaKernel(Kernel):
         """Needs one of the usual dtypes, and head dims that the kernel for it takes."""
         return _BY_DTYPE[q.dtype].misfit(q, k, v) if q.dtype in ATTENTION_DTYPES else f"dtype {q.dtype}"
 
+    def fuses_windows(self, dtype: torch.dtype) -> bool:
+        """As the kernel for a dtype does."""
+        return _BY_DTYPE[dtype].fuses_windows(dtype)
+
     def prepare(self, tasks: Tasks, dtype: torch.dtype, device: torch.device) -> Any:
         """What the kernel for a dtype prepares."""
         return _BY_DTYPE[dtype].prepare(tasks, dtype, device)

@@ -114,6 +114,10 @@ class VarlenKernel(Kernel):
         widest = max(q.shape[-1], v.shape[-1])
         return None if widest <= self.widest_head else f"head dim {widest}: at most {self.widest_head} is possible"
 
+    def fuses_windows(self, dtype: torch.dtype) -> bool:
+        """See :meth:`Kernel.fuses_windows`."""
+        return self.takes_windows
+
     def prepare(self, tasks: Tasks, dtype: torch.dtype, device: torch.device) -> Work:
         """The launches for one row of a batch."""
         return self._work(tasks, 1, device)

@@ -7,9 +7,11 @@ Signatures were read in flash-attn 2.8.3 (``flash_attn/flash_attn_interface.py``
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -205,6 +207,8 @@ MODULES = {
 KERNELS = ("torch", "torch_flash", "torch_efficient", "torch_cudnn", "flash_attn_2", "flash_attn_3", "flash_attn_4")
 """Kernels for CUDA that run on the doubles."""
 
+Modules = dict[str, tuple[str, str, "Callable[[], dict[str, Any]] | BaseException"]]
+
 CACHES = (packages.installed, packages.missing, packages.parameters, get_kernel)
 
 
@@ -213,15 +217,42 @@ def prefixed(name: str) -> str:
     return f"double_{name}"
 
 
+BROKEN_PACKAGES = {
+    "flash_attn": ("flash-attn", "2.8.3", "raise RuntimeError('built for another CUDA')"),
+    "flash_attn_interface": ("flash_attn_3", "3.0.0", "sys.exit('no licence')"),
+    "flash_attn_cute": ("flash-attn-4", "4.0.0b9", ""),
+    "transformer_engine": ("transformer-engine", "2.20.2", "raise RuntimeError('an empty package')"),
+    "magi_attention": ("magi-attention", "0.0.1", "raise OSError('libmagi.so: cannot open shared object file')"),
+    "broken_backend": ("broken-backend", "1.0", "raise MemoryError('no room')"),
+}
+"""Distribution, version and what importing it does, by module; the last one announces a backend."""
+
+
+def install_broken_packages(folder: Path) -> None:
+    """Write packages that are listed as installed, print when they are imported, note it in ``sys``, and raise."""
+    for module, (distribution, version, does) in BROKEN_PACKAGES.items():
+        noted = (
+            f"import sys\nsys.__dict__.setdefault('broken', []).append(__name__)\nprint('{module} greets')\n{does}\n"
+        )
+        (folder / f"{module}.py").write_text(noted)
+        metadata = folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        if module == "broken_backend":
+            entry = "[cphandler.backends]\nbroken:ring = broken_backend:Handler\n"
+            (metadata / "entry_points.txt").write_text(entry)
+
+
 @contextmanager
 def kernels_on_cpu(
-    capability: int = 90, modules: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = MODULES
+    capability: int | None = 90, modules: Modules = MODULES, *, as_they_are: bool = False
 ) -> Iterator[list[str]]:
     """The kernels for CUDA take CPU tensors, as ``double_torch_flash`` and so on; gives the names of calls.
 
     Args:
-        capability: compute capability that is claimed.
-        modules: what is installed.
+        capability: compute capability that is claimed; None for no GPU.
+        modules: what is installed: distribution, version and functions by module, or what importing it raises.
+        as_they_are: packages' kernels take CPU tensors under their own names and preferences.
     """
     versions = {distribution: version for distribution, version, _ in modules.values()}
     before = registry._KERNELS, registry._PREFERENCES
@@ -233,11 +264,15 @@ def kernels_on_cpu(
 
     with ExitStack() as stack:
         made: dict[str, ModuleType] = {}
+        broken = {path: found for path, (_, _, found) in modules.items() if isinstance(found, BaseException)}
         for path, (_, _, functions) in modules.items():
+            if isinstance(functions, BaseException):
+                continue
             for end in range(1, len(path.split(".")) + 1):
                 made.setdefault(name := ".".join(path.split(".")[:end]), ModuleType(name))
             vars(made[path]).update(functions())
         stack.enter_context(imported(made))
+        stack.enter_context(mock.patch.object(packages, "import_module", _importing(broken)))
         stack.enter_context(mock.patch.object(packages, "version", version))
         stack.enter_context(mock.patch.object(packages, "capability", return_value=capability))
         stack.enter_context(mock.patch.object(registry, "_KERNELS", copy.deepcopy(before[0])))
@@ -247,11 +282,24 @@ def kernels_on_cpu(
         for name in KERNELS:
             target = type(get_kernel(name, "cuda"))
             register_kernel(prefixed(name), "cpu", target, preference=-1)
+            if as_they_are and name.startswith("flash_attn"):
+                register_kernel(name, "cpu", target, preference=before[1][name, "cuda"])
         try:
             yield calls
         finally:
             _forget()
     _forget()
+
+
+def _importing(broken: dict[str, BaseException]) -> Callable[[str], ModuleType]:
+    """``import_module`` that raises for some modules, as often as they are asked for."""
+
+    def import_module(name: str) -> ModuleType:
+        if name in broken:
+            raise broken[name]
+        return importlib.import_module(name)
+
+    return import_module
 
 
 @contextmanager
