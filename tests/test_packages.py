@@ -405,3 +405,11 @@ def test_backends_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert [(one.backend, one.comm_type) for one in found.values()] == available_cp_handlers()
     with pytest.raises(MissingPackageError):
         get_cp_handler_cls("needing")
+
+
+def test_a_release_comes_after_its_pre_releases() -> None:
+    ordered = ["2.7.0", "2.8.3", "2.8.4", "4.0.0b9", "4.0.0b36", "4.0.0", "4.1.0"]
+    assert sorted(ordered, key=packages.numbers) == ordered
+    assert packages.numbers("2.8.3.post2") == packages.numbers("2.8.3+cu13")
+    assert packages.numbers("4.0.0") >= flash_attn_4.PACKAGE.oldest
+    assert packages.shown(flash_attn_4.PACKAGE.oldest) == "4.0.0b36"

@@ -36,8 +36,14 @@ class Package(NamedTuple):
     install: str
 
 
+FINAL = 1 << 30
+"""Stands where a version has no number of a pre-release: a final version comes after all of those."""
+
+
 def numbers(text: str) -> tuple[int, ...]:
-    """A version as numbers: ``"2.8.3.post2"`` is ``(2, 8, 3)``, ``"4.0.0b36"`` is ``(4, 0, 0, 36)``.
+    """A version as numbers that compare: a release comes after its pre-releases, and is shorter than those of a range.
+
+    ``"2.8.3.post2"`` is ``(2, 8, 3, FINAL)``, ``"4.0.0b36"`` is ``(4, 0, 0, 36)`` and ``"4.0.0"`` ``(4, 0, 0, FINAL)``.
 
     Args:
         text: a version.
@@ -48,7 +54,15 @@ def numbers(text: str) -> tuple[int, ...]:
         if not part[:1].isdigit():
             break
         made += [int(run) for run in digits]
-    return tuple(made)
+        if len(digits) > 1:
+            return tuple(made)
+    return (*made, FINAL)
+
+
+def shown(version: tuple[int, ...]) -> str:
+    """An end of a range as a version is written."""
+    text = ".".join(map(str, version[:3]))
+    return text if len(version) < 4 else f"{text}b{version[3]}"
 
 
 @lru_cache
@@ -80,7 +94,7 @@ def missing(package: Package) -> str | None:
         return f"{package.distributions[0]} is not installed; {package.install}"
     name, text = found
     if not package.oldest <= numbers(text) < package.newest:
-        oldest, newest = (".".join(map(str, end)) for end in (package.oldest, package.newest))
+        oldest, newest = (shown(end) for end in (package.oldest, package.newest))
         return f"{name} {text}: only versions from {oldest} to below {newest} were read; {package.install}"
     try:
         import_module(package.module)
