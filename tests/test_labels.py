@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,3 +122,10 @@ def test_what_is_refused(options: dict[str, Any], error: type[Exception], messag
 def test_offsets_that_end_early() -> None:
     with pytest.raises(InvalidValueError, match="offsets must end at the number of tokens; got 4, and 6 tokens"):
         shift_labels(torch.arange(6), [0, 4])
+
+
+def test_the_page() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})  # noqa: S102
