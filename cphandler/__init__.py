@@ -73,6 +73,9 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.training.log_probs import TokenLogProbs as TokenLogProbs
     from cphandler.training.log_probs import token_log_probs as token_log_probs
     from cphandler.training.losses import connect_zero_loss as connect_zero_loss
+    from cphandler.training.reductions import language_model_loss as language_model_loss
+    from cphandler.training.reductions import reduce_token_loss as reduce_token_loss
+    from cphandler.training.reductions import sum_over_tokens as sum_over_tokens
 
     merge = merge_attention
 
@@ -127,7 +130,10 @@ _MODULES: dict[str, str] = {
     "clear_plan_cache": "sharding.cache",
     "TokenLogProbs": "training.log_probs",
     "connect_zero_loss": "training.losses",
+    "language_model_loss": "training.reductions",
     "next_token_labels": "training.labels",
+    "reduce_token_loss": "training.reductions",
+    "sum_over_tokens": "training.reductions",
     "shift_labels": "training.labels",
     "token_log_probs": "training.log_probs",
     "cu_seqlens_of": "tokens.offsets",
