@@ -452,6 +452,32 @@ def zigzag(offsets: Table, cp_size: int) -> Layout:
     return Layout._placed("zigzag", total, spans, each, -(-total // cp_size))
 
 
+def padded_zigzag(offsets: Table, cp_size: int) -> Layout:
+    """:func:`zigzag` of documents each padded at its end to a multiple of ``2 * cp_size``.
+
+    What an engine needs that cuts every document into equal chunks. The padding is pad rows, in no document; all other
+    rows stand where they would if it were tokens.
+    """
+    lengths = np.diff(offsets)
+    padded = padded_offsets(offsets, 2 * cp_size)
+    whole, starts = zigzag(padded, cp_size), padded[:-1]
+    check_rows("padded zigzag", whole.num_tokens, cp_size)
+    filled = np.flatnonzero(lengths)
+    spans = []
+    for rows in whole.spans:
+        which, span, first, stop = cut_by_spans(starts[filled], starts[filled] + lengths[filled], rows)
+        document, at = filled[which], rows[span, START] + first
+        tokens, local = at - starts[document] + offsets[:-1][document], rows[span, LOCAL] + first
+        spans.append(np.stack([tokens, stop - first, np.ones_like(first), local], axis=1))
+    counts = np.array([len(rows) for rows in spans], dtype=np.int64)
+    return Layout._placed("padded zigzag", int(offsets[-1]), np.concatenate(spans), counts, whole.num_local_tokens)
+
+
+def padded_offsets(offsets: Table, multiple: int) -> Table:
+    """``[D + 1]`` offsets of documents each padded at its end to a multiple."""
+    return offsets_of(-(-np.diff(offsets) // multiple) * multiple)
+
+
 def _joined_by_rank(starts: Table, lengths: Table, ranks: Table, cp_size: int) -> tuple[Table, Table]:
     """:func:`joined` for all ranks at once, with local rows that count up from 0 on each; and how many each has."""
     filled = np.flatnonzero(lengths)
