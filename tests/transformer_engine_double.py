@@ -62,24 +62,39 @@ def write_package(folder: Path, version: str = VERSION, *, body: str | None = No
     return folder
 
 
+PATHS: list[str] = []
+"""Installations in use, the last one on the path; an empty one stands for none."""
+
+
 def use(folder: str) -> None:
-    """Put an installation on the path of this process."""
-    drop()
-    sys.path.insert(0, folder)
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    importlib.invalidate_caches()
+    """Put an installation on the path of this process, in place of another."""
+    _clear()
+    PATHS.append(folder)
+    _set()
 
 
-def drop(folder: str = "") -> None:
-    """Take it away again, and all that was made of it."""
-    sys.path[:] = [entry for entry in sys.path if entry != folder or not folder]
+def drop() -> None:
+    """Take it away again, with all that was made of it, and bring back the one before."""
+    _clear()
+    PATHS.pop()
+    _set()
+
+
+def _clear() -> None:
+    sys.path[:] = [entry for entry in sys.path if entry not in PATHS or not entry]
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
         del sys.modules[name]
     os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
-    importlib.invalidate_caches()
     te_package.attention_module.cache_clear()
     te_package.hardware = te_package.Hardware()
     CALLS.clear()
+
+
+def _set() -> None:
+    if PATHS and PATHS[-1]:
+        sys.path.insert(0, PATHS[-1])
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    importlib.invalidate_caches()
 
 
 def lift() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -93,28 +94,31 @@ class TEAttention(Attention):
 
     def _check_packed(self) -> None:
         """Refuse packed documents where this version has none for this comm type."""
-        installed, since = te.engine(), PACKED_SINCE[self.comm_type]
+        installed, since = te.engine(), PACKED_SINCE[self.used_type]
         if self.host.ranks.size == 1 or not self.is_packed or installed.version >= since:
             return
         dense = self.host.qkv_format != "thd"
         raise UnsupportedError(
-            f"{installed} has no packed documents with {self.comm_type}"
+            f"{installed} has no packed documents with {self.used_type!r}"
             + (f", which a dense length that does not divide by {self.multiple} goes as" if dense else ""),
             got=f"qkv_format {self.host.qkv_format!r}",
             fix=f"install {te.dotted(since)} or a later one, or use 'p2p'"
             + (f", or pad the sequence to a multiple of {self.multiple}" if dense else ""),
         )
 
-    def set_up(self) -> None:
-        """Split the group, where there are two levels."""
-        if self.comm_type == "a2a+p2p":
-            self._degree = two_levels(self.host.ranks, self.host.config.ulysses_degree).inner.size
-
-    @property
+    @cached_property
     def head_parts(self) -> int:
         """Ranks that heads are spread over."""
-        parts = {"a2a": self.host.ranks.size, "a2a+p2p": getattr(self, "_degree", 1)}
-        return parts.get(self.comm_type, 1)
+        if self.comm_type == "a2a+p2p":
+            return two_levels(self.host.ranks, self.host.config.ulysses_degree).inner.size
+        return self.host.ranks.size if self.comm_type == "a2a" else 1
+
+    @property
+    def used_type(self) -> str:
+        """The comm type as the engine is told: of two levels, one alone where the other one has one rank."""
+        if self.comm_type != "a2a+p2p" or 1 < self.head_parts < self.host.ranks.size:
+            return self.comm_type
+        return "p2p" if self.head_parts == 1 else "a2a"
 
     def plan(self, mask: Mask) -> None:
         """Refuse a mask that is not served; the engine plans by itself."""
@@ -383,7 +387,7 @@ class TEAttention(Attention):
         group, ranks, stream = self._placement(device)
         try:
             module.set_context_parallel_group(
-                cp_group=group, cp_global_ranks=ranks, cp_stream=stream, cp_comm_type=self.comm_type
+                cp_group=group, cp_global_ranks=ranks, cp_stream=stream, cp_comm_type=self.used_type
             )
             yield
         finally:
@@ -395,9 +399,9 @@ class TEAttention(Attention):
         if group.size == 1:
             return None, None, None
         ranks, stream = dist.get_process_group_ranks(group.source), te.hardware.side_stream(device)
-        if self.comm_type != "a2a+p2p":
+        if self.used_type != "a2a+p2p":
             return group.source, ranks, stream
-        return list(level_groups(group, self._degree)), ranks, stream  # inner first: a2a, then p2p
+        return list(level_groups(group, self.head_parts)), ranks, stream  # inner first: a2a, then p2p
 
 
 class TEGatherAttention(TEAttention):
