@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomllib
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -173,21 +175,34 @@ def test_what_the_table_says_no_to(te_ranks: RankPool) -> None:
         of.hold(te_ranks, check_attention, [case for case in cases if of.refusal(case) is not None])
 
 
+def same_bits(cases: list[Case]) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        for case in cases:
+            check_determinism(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_two_runs_have_the_same_bits(te_ranks: RankPool) -> None:
     config = (("deterministic", True),)
-    cases = [subject(comm).case(2, dtype=torch.float32, config=config) for comm in COMM_TYPES]
-    subject("p2p").hold(te_ranks, check_determinism, cases)
+    te_ranks.run(same_bits, [subject(comm).case(2, dtype=torch.float32, config=config) for comm in COMM_TYPES])
+
+
+SIZES = [("p2p", 1), ("p2p", 2), ("p2p", 3), ("a2a", 3), *((comm_type, 4) for comm_type in COMM_TYPES)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("comm_type", COMM_TYPES)
+@pytest.mark.parametrize(("comm_type", "size"), SIZES)
 def test_the_kit(tmp_path: Path, comm_type: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, by the command line; twelve heads divide by every size."""
     double.write_package(tmp_path / "site")
+    backend, options = f"transformer_engine/{comm_type}", (f"--cp-size={size}", "--cp-heads=12,12")
+    monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
+    done = run_kit(tmp_path / "site", backend, *options, "-k", "not same_bits")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    options = (f"--cp-size={size}", "--cp-heads=12,12")
-    done = run_kit(tmp_path / "site", f"transformer_engine/{comm_type}", *options)
+    done = run_kit(tmp_path / "site", backend, *options, "-k", "same_bits")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
@@ -493,10 +508,19 @@ def tried(comm_type: str, group: Any, form: str, mask: Any, sunk: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_every_version(te_ranks: RankPool, tmp_path: Path, size: int) -> None:
+CHANGES = [new for old, new in pairwise(("", *VERSIONS)) if double.SIGNATURES.get(old) != double.SIGNATURES[new]]
+"""The versions that take other arguments than the one before, and below those that can do more."""
+SOME = [*CHANGES, "2.11.0", "2.18.0"]
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("size", "versions"),
+    [(1, VERSIONS), (4, SOME), pytest.param(4, VERSIONS, marks=SLOW), pytest.param(2, SOME, marks=SLOW)],
+)
+def test_every_version(te_ranks: RankPool, tmp_path: Path, size: int, versions: list[str]) -> None:
     """Each call fits the signatures, and what a version lacks is refused: it is named, and the version that has it."""
-    folders = {version: str(double.write_package(tmp_path / version, version)) for version in VERSIONS}
+    folders = {version: str(double.write_package(tmp_path / version, version)) for version in versions}
     for version, refused in te_ranks.run(every_version, folders, size)[3].items():
         number = tuple(map(int, version.split(".")[:2]))
         since = {**te_attention.PACKED_SINCE, **({} if size == 4 else {"a2a+p2p": (2, 10)})}  # which then is a2a alone
@@ -568,18 +592,21 @@ def test_batches_that_are_refused(name: str) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_determinism_is_told_to_the_engine() -> None:
-    config = CPConfig(deterministic=True)
-    packed(config=config)
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "1"
+def test_determinism_is_told_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, config = te_package.engine().attention, CPConfig(deterministic=True)
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     with pytest.raises(UnsupportedError, match="set NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"):
         packed(config=config)
-    module = te_package.engine().attention(4, 8, num_gqa_groups=2)
-    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    module = kind(4, 8, num_gqa_groups=2)
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    handler = packed("a2a", config=config)
+    handler.core_attn(None, *qkv())
     with pytest.raises(UnsupportedError, match="is not deterministic"):
-        packed(config=config).core_attn(module, *qkv())
+        handler.core_attn(module, *qkv())
     with pytest.raises(UnsupportedError, match="no deterministic attention with sinks"):
-        packed("a2a", config=config).core_attn(None, *qkv(), sinks=torch.zeros(4))
+        packed("a2a").core_attn(None, *qkv(), sinks=torch.zeros(4))
+    with pytest.raises(UnsupportedError, match="is deterministic and has sinks"):
+        packed("a2a").core_attn(kind(4, 8, num_gqa_groups=2, softmax_type="learnable"), *qkv())
 
 
 @pytest.mark.usefixtures("installed")
@@ -663,8 +690,8 @@ def test_modules_that_do_not_fit() -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_cpu_tensors_and_wide_dtypes_are_refused() -> None:
-    """Of the engine as it is; the double lifts both."""
+def test_what_no_kernel_takes_is_refused() -> None:
+    """Of the engine as it is; the double lifts all of it."""
     handler, x = packed(), qkv()
     te_package.hardware = te_package.Hardware()
     with pytest.raises(UnsupportedError, match="computes on CUDA tensors only; got cpu"):
@@ -676,6 +703,8 @@ def test_cpu_tensors_and_wide_dtypes_are_refused() -> None:
         ):
             handler.core_attn(None, *(t.to(dtype) for t in x))
     assert handler.core_attn(None, *(t.bfloat16() for t in x)).dtype == torch.bfloat16
+    with pytest.raises(UnsupportedError, match="head dims that are multiples of 8; got 12"):
+        handler.core_attn(None, *(torch.zeros(12, 2, d).bfloat16() for d in (8, 8, 12)))
 
 
 def test_one_side_stream_per_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -746,3 +775,10 @@ def test_the_package_is_imported_when_it_is_chosen(tmp_path: Path) -> None:
 def test_lists_of_comm_types_are_refused(installed: None) -> None:
     with pytest.raises(TypeError, match=r"leave the layout and core_attn to the library.*got TEHandler"):
         get_cp_handler_cls("te", ["p2p", "a2a"])
+
+
+def test_the_install_line_names_an_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert project["te"] == ["transformer-engine[pytorch]>=2.9,<3"]
+    assert not [line for line in project["dev"] if "transformer" in line or "te]" in line]
+    assert te_package.INSTALL in (ROOT / "docs" / "transformer-engine.md").read_text()

@@ -36,8 +36,9 @@ class Stream:
 
 
 class AnyHardware(te_package.Hardware):
-    """Lifts "CUDA tensors of 16 bits only"."""
+    """Lifts "CUDA tensors of 16 bits only, channels in eights"."""
 
+    head_dim_multiple = 1
     devices = ("cpu", "cuda")
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -84,7 +85,6 @@ def _clear() -> None:
     sys.path[:] = [entry for entry in sys.path if entry not in PATHS or not entry]
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
         del sys.modules[name]
-    os.environ.pop("NVTE_ALLOW_NONDETERMINISTIC_ALGO", None)
     te_package.attention_module.cache_clear()
     te_package.hardware = te_package.Hardware()
     CALLS.clear()
@@ -93,7 +93,6 @@ def _clear() -> None:
 def _set() -> None:
     if PATHS and PATHS[-1]:
         sys.path.insert(0, PATHS[-1])
-        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     importlib.invalidate_caches()
 
 
@@ -327,6 +326,7 @@ class Double(torch.nn.Module):
         window = told.get("window_size")
         assert ("padding" in name) == (form == "thd"), "padding goes with thd, and with nothing else"
         assert "bottom_right" not in name
+        assert self.softmax_type == "vanilla" or not self.deterministic
         assert window in (None, (-1, 0), (-1, -1)) or comm in ("a2a", "all_gather"), "no windows"
         assert self.softmax_type == "vanilla" or comm == "a2a", "no sinks"
         if form == "thd":

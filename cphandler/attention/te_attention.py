@@ -170,7 +170,21 @@ class TEAttention(Attention):
 
     def check_call(self, call: AttentionCall) -> None:
         """See :meth:`Attention.check_call`."""
-        device, dtype = call.q.device, call.q.dtype
+        self._check_tensors(call)
+        if self.host.ranks.size > 1 and not isinstance(self.host.ranks.source, dist.ProcessGroup):
+            raise InvalidTypeError(
+                "TransformerEngine sends its messages in a process group",
+                got=type(self.host.ranks.source).__name__,
+                fix="make the handler with a ProcessGroup or a DeviceMesh",
+            )
+        self._check_heads(call)
+        if call.sinks is not None:
+            self._check_sinks()
+
+    @staticmethod
+    def _check_tensors(call: AttentionCall) -> None:
+        """Refuse what none of the engine's kernels for several ranks takes."""
+        device, dtype, longest = call.q.device, call.q.dtype, max(call.q.shape[-1], call.v.shape[-1])
         if device.type not in te.hardware.devices:
             raise UnsupportedError(
                 "TransformerEngine computes on CUDA tensors only", got=device, fix="move them, or use a local backend"
@@ -181,20 +195,23 @@ class TEAttention(Attention):
                 got=dtype,
                 fix="cast queries, keys and values to bfloat16 or float16, or use a local backend",
             )
-        if self.host.ranks.size > 1 and not isinstance(self.host.ranks.source, dist.ProcessGroup):
-            raise InvalidTypeError(
-                "TransformerEngine sends its messages in a process group",
-                got=type(self.host.ranks.source).__name__,
-                fix="make the handler with a ProcessGroup or a DeviceMesh",
+        if longest % te.hardware.head_dim_multiple:
+            raise UnsupportedError(
+                f"TransformerEngine's kernels want head dims that are multiples of {te.hardware.head_dim_multiple}",
+                got=longest,
+                fix="pad the channels with zeros and name the softmax_scale, or use a local backend",
             )
-        self._check_heads(call)
-        sinks, installed = call.sinks is not None, te.engine()
-        if sinks and self.host.config.deterministic:
+
+    def _check_sinks(self) -> None:
+        """Refuse sinks where the engine would find no kernel for them."""
+        installed = te.engine()
+        if te.is_deterministic():
             raise UnsupportedError(
                 "TransformerEngine has no deterministic attention with sinks",
-                fix="leave CPConfig.deterministic False, or use a local backend",
+                got="NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, or torch.use_deterministic_algorithms(True)",
+                fix="switch that off, or use a local backend",
             )
-        if sinks and self.is_packed and self.host.ranks.size > 1 and installed.version < PACKED_SINKS_SINCE:
+        if self.is_packed and self.host.ranks.size > 1 and installed.version < PACKED_SINKS_SINCE:
             raise UnsupportedError(
                 f"{installed} has no sinks over packed documents",
                 fix=f"install {te.dotted(PACKED_SINKS_SINCE)} or a later one, or use a local backend",
@@ -238,6 +255,8 @@ class TEAttention(Attention):
             "has a softmax_scale of its own": scale is not None and scale != module.softmax_scale,
             "has a softmax of its own, and takes no sinks from outside": asked.sinks is not None,
             "was made without return_max_logit": call.wants_max_logit and not module.return_max_logit,
+            "is deterministic and has sinks, which TransformerEngine computes otherwise": module.deterministic
+            and not vanilla,
             "is not deterministic": self.host.config.deterministic and not module.deterministic,
             f"has sinks, which TransformerEngine has with 'a2a' alone, not with {self.comm_type!r}": not vanilla
             and several

@@ -107,6 +107,7 @@ class Hardware:
 
     devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    head_dim_multiple: int = 8
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
