@@ -7,7 +7,6 @@ from cphandler.attention.te_package import engine
 from cphandler.errors import UnsupportedError
 from cphandler.handler.contract import AskedLayout
 from cphandler.handler.layout_handler import LayoutHandler
-from cphandler.layouts.layout import padded_zigzag
 
 
 class TEHandler(LayoutHandler):
@@ -46,8 +45,8 @@ class TEHandler(LayoutHandler):
             )
         if self.cp_size == 1:
             return super().prepare(None)
-        cut = [padded_zigzag(stream.documents.offsets, self.cp_size) for stream in (self.queries, self.keys)]
-        return super().prepare((cut[0], cut[1]) if self.is_cross_attention else cut[0])
+        queries, keys = (te.engine_layout(stream.documents, self.cp_size) for stream in (self.queries, self.keys))
+        return super().prepare((queries, keys) if self.is_cross_attention else queries)
 
 
 class TEGatherHandler(TEHandler):

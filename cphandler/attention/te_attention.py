@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +20,10 @@ from cphandler.attention.loop import AttentionResult
 from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.comm.groups import level_groups, two_levels
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
-from cphandler.layouts.layout import padded_offsets
+from cphandler.layouts.layout import Layout, padded_offsets, padded_zigzag
 from cphandler.precision import accumulator_dtype
 from cphandler.sharding.shard import Shard, device_copy
+from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags
 from cphandler.tokens.masks import Mask, SlidingWindow
 from cphandler.tracing import untraced
@@ -52,6 +53,16 @@ def capability_table(*further: str, windows: bool = False) -> Capabilities:
     masks = ("Causal", "Full", "SlidingWindow") if windows else ("Causal", "Full")
     features = _FEATURES | set(further)
     return Capabilities(layouts=(), features=features, instead=_REASONS, masks=masks, cross_masks=("Full",))
+
+
+def engine_layout(documents: Documents, cp_size: int) -> Layout:
+    """Which rank holds which rows, as the engine has it; that of an equal batch is found again."""
+    return _layout(documents.offsets.tobytes(), cp_size)
+
+
+@lru_cache(maxsize=32)
+def _layout(offsets: bytes, cp_size: int) -> Layout:
+    return padded_zigzag(np.frombuffer(offsets, dtype=np.int64), cp_size)
 
 
 class TEAttention(Attention):

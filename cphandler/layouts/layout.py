@@ -463,14 +463,14 @@ def padded_zigzag(offsets: Table, cp_size: int) -> Layout:
     whole, starts = zigzag(padded, cp_size), padded[:-1]
     check_rows("padded zigzag", whole.num_tokens, cp_size)
     filled = np.flatnonzero(lengths)
-    spans = []
-    for rows in whole.spans:
-        which, span, first, stop = cut_by_spans(starts[filled], starts[filled] + lengths[filled], rows)
-        document, at = filled[which], rows[span, START] + first
-        tokens, local = at - starts[document] + offsets[:-1][document], rows[span, LOCAL] + first
-        spans.append(np.stack([tokens, stop - first, np.ones_like(first), local], axis=1))
-    counts = np.array([len(rows) for rows in spans], dtype=np.int64)
-    return Layout._placed("padded zigzag", int(offsets[-1]), np.concatenate(spans), counts, whole.num_local_tokens)
+    (rows,) = whole.tables()
+    which, span, first, stop = cut_by_spans(starts[filled], starts[filled] + lengths[filled], rows)
+    document = filled[which]
+    tokens = rows[span, START] + first - starts[document] + offsets[:-1][document]
+    order = np.argsort(rows[span, RANK], kind="stable")
+    spans = np.stack([tokens, stop - first, np.ones_like(first), rows[span, LOCAL] + first], axis=1)[order]
+    counts = np.bincount(rows[span, RANK], minlength=cp_size)
+    return Layout._placed("padded zigzag", int(offsets[-1]), spans, counts, whole.num_local_tokens)
 
 
 def padded_offsets(offsets: Table, multiple: int) -> Table:
