@@ -201,7 +201,8 @@ class Attention:
         if call.wants_max_logit:
             features.append("return_max_logit")
         self.capabilities.require(self.name, *features)
-        self.capabilities.require_mask(self.name, call.mask, crossing=self.host.shards.is_crossing)
+        if self.capabilities.masks is not None:
+            self.capabilities.require_mask(self.name, call.mask, crossing=self.host.shards.is_crossing)
         if call.module is None:
             return
         rows = self.host.shards.keys.padded_rows

@@ -49,7 +49,7 @@ class Capabilities:
         instead: the way out where a feature is missing, by name.
         masks: names of masks; None for all of them, a caller's own too, as it is where masks are bands: these are all
             alike.
-        cross_masks: names of those that are served across two streams; None for the same ones.
+        cross_masks: of those that ``masks`` names, the ones that are served across two streams; None for all of them.
 
     Raises:
         InvalidTypeError: another collection than a tuple, a tuple, a frozenset and a mapping.
@@ -71,7 +71,8 @@ class Capabilities:
             _check_names("instead", self.instead, Mapping, tuple(FEATURES))
         for name, masks in (("masks", self.masks), ("cross_masks", self.cross_masks)):
             if masks is not None:
-                _check_names(name, masks, tuple, tuple(mask.__name__ for mask in MASKS))
+                known = tuple(mask.__name__ for mask in MASKS) if name == "masks" else self.masks or ()
+                _check_names(name, masks, tuple, known)
 
     def serves_mask(self, mask: Mask, *, crossing: bool = False) -> bool:
         """Whether a mask is served.
