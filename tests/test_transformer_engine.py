@@ -52,8 +52,8 @@ from cphandler.testing.laws import (
     check_round_trip,
 )
 from cphandler.testing.subject import Subject
-from tests import transformer_engine_double as double
 from tests.data.refresh_transformer_engine import signatures
+from tests.doubles import transformer_engine as double
 from tests.test_conformance import run_kit
 
 ROOT = Path(__file__).parent.parent

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from cphandler.errors import MissingPackageError
+from cphandler.kernels.packages import numbers
 
 MODULE = "transformer_engine.pytorch"
 DISTRIBUTIONS = ("transformer-engine", "transformer-engine-torch")
@@ -72,8 +73,7 @@ def _probed() -> Engine:
     number = next((number for number in found.values() if number), "")
     if not number:
         raise MissingPackageError("this backend needs TransformerEngine", got=installed, fix=f"install it: {INSTALL}")
-    parts = number.split(".")[:2]
-    known = (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdecimal() for part in parts) else (0, 0)
+    known = (*numbers(number), 0, 0)[:2]
     if not OLDEST <= known <= NEWEST:
         raise MissingPackageError(
             "TransformerEngine is of a version that this backend was not written for",
@@ -81,7 +81,7 @@ def _probed() -> Engine:
             fix=f"install one of {dotted(OLDEST)} to {dotted(NEWEST)}: {INSTALL}",
         )
     try:
-        return Engine(import_module(MODULE).DotProductAttention, known)
+        return Engine(import_module(MODULE).DotProductAttention, (known[0], known[1]))
     except Exception as error:  # RuntimeError and FileNotFoundError have been seen, where a part of it is missing
         raise MissingPackageError(
             "TransformerEngine is installed and cannot be imported",

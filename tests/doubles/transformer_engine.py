@@ -27,7 +27,7 @@ from cphandler.attention import te_package
 
 VERSION = "2.20.2"
 SIGNATURES: dict[str, dict[str, str]] = json.loads(
-    (Path(__file__).parent / "data" / "transformer_engine.json").read_text()
+    (Path(__file__).parent.parent / "data" / "transformer_engine.json").read_text()
 )
 
 
@@ -49,7 +49,7 @@ class AnyHardware(te_package.Hardware):
 def write_package(folder: Path, version: str = VERSION, *, body: str | None = None, torch_part: bool = True) -> Path:
     """An installation, to be put on the path: metadata, and modules that hold the double or what a test wants."""
     code = (
-        "from tests import transformer_engine_double as double\n"
+        "from tests.doubles import transformer_engine as double\n"
         f"DotProductAttention = double.attention_of({version!r})\n"
         "double.lift()\n"
     )
