@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +32,7 @@ from cphandler import (
     MissingPackageError,
     SlidingWindow,
     UnsupportedError,
+    get_batch_on_this_cp_rank,
     get_cp_handler_cls,
 )
 from cphandler.attention import te_attention, te_package
@@ -52,6 +54,7 @@ from cphandler.testing.laws import (
     check_round_trip,
 )
 from cphandler.testing.subject import Subject
+from cphandler.testing.tolerance import assert_close
 from tests.data.refresh_transformer_engine import signatures
 from tests.doubles import transformer_engine as double
 from tests.test_conformance import run_kit
@@ -205,6 +208,38 @@ def test_the_kit(tmp_path: Path, comm_type: str, size: int, monkeypatch: pytest.
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
+def step(handler: ContextParallelHandler) -> list[Tensor]:
+    """Loss and gradients of one step of a small model, this rank's part."""
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (32,))
+    embed, project, head = (m.double() for m in (nn.Embedding(11, 16), nn.Linear(16, 48), nn.Linear(16, 11)))
+    local = get_batch_on_this_cp_rank({"tokens": tokens, "labels": tokens.roll(-1)}, cp_handler=handler)
+    angles = torch.arange(handler.get_rotary_seq_len())[:, None] / torch.arange(1, 5)
+    freqs = handler.get_emb_on_this_cp_rank(torch.cat([angles, angles], 1).double())
+    q, k, v = project(embed(local["tokens"])).view(-1, 3, 2, 8).unbind(1)
+    out = handler.core_attn(None, handler.rope(q, freqs), handler.rope(k, freqs), v)
+    after, _ = handler.roll_tensor(local["labels"], -1, 0, fill_value=-100)
+    assert after is not None
+    logits = head(out.flatten(1))
+    loss = sum(F.cross_entropy(logits, labels, reduction="sum") for labels in (local["labels"], after))
+    parameters = [*embed.parameters(), *project.parameters(), *head.parameters()]
+    return [loss.detach(), *torch.autograd.grad(loss, parameters)]  # type: ignore[arg-type, union-attr]
+
+
+def a_step_of_training(comm_type: str) -> None:
+    described: dict[str, Any] = {"qkv_format": "thd", "cu_seqlens_q": [0, 13, 16, 22, 23, 32]}
+    parts = step(te(comm_type)(cp_group=partition_group([(0, 1), (2, 3)]), **described))
+    for part, whole in zip(parts, step(get_cp_handler_cls("local")(**described)), strict=True):
+        dist.all_reduce(part, group=partition_group([(0, 1), (2, 3)]))
+        assert_close(part, whole, what=f"a step with {comm_type}")
+
+
+@pytest.mark.parametrize("comm_type", COMM_TYPES)
+def test_a_step_of_training(te_ranks: RankPool, comm_type: str) -> None:
+    """Labels, positions and rolls beside pad rows, documents that divide by nothing; beside one rank of the library."""
+    te_ranks.run(a_step_of_training, comm_type)
+
+
 BROKEN = {
     "_hidden": lambda self, which, device: None,
     "_longest": lambda self, stream: 4,
@@ -307,6 +342,7 @@ def test_what_the_engine_is_told(te_ranks: RankPool, comm_type: str) -> None:
         "pad_between_seqs": False,
     }
     given = te_ranks.run(calls_in_groups, comm_type, "bshd", 13)[0][0]  # does not divide: two documents
+    assert given["max_seqlen_q"] == 16
     assert (given["qkv_format"], given["cu_seqlens_q"], given["cu_seqlens_q_padded"]) == (
         "thd",
         [0, 13, 26],
