@@ -37,7 +37,9 @@ from cphandler import (
 )
 from cphandler.attention import te_attention, te_package
 from cphandler.attention.call import AttentionCall
+from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.options import AttentionOptions
+from cphandler.backends.ring import RingHandler
 from cphandler.comm import groups
 from cphandler.layouts.layout import Layout, padded_offsets, padded_zigzag, zigzag
 from cphandler.testing import RankPool, partition_group
@@ -503,13 +505,13 @@ def test_copies_of_a_handler_compute() -> None:
     assert torch.equal(copy.deepcopy(handler).core_attn(None, *x), handler.core_attn(None, *x))
 
 
-ASKED: tuple[tuple[str, Any, bool], ...] = (
-    ("thd", "causal", False),
-    ("bshd", SlidingWindow(2), False),
-    ("bshd", "causal", False),
-    ("thd", "full", True),
+ASKED: tuple[tuple[str, Any, str], ...] = (
+    ("thd", "causal", ""),
+    ("bshd", SlidingWindow(2), ""),
+    ("bshd", "causal", " values"),
+    ("thd", "full", " sinks"),
 )
-"""Formats, masks, and whether with sinks."""
+"""Formats, masks, and what else: values of another head dim, or sinks."""
 
 
 def every_version(folders: dict[str, str], size: int) -> dict[str, list[str]]:
@@ -521,22 +523,22 @@ def every_version(folders: dict[str, str], size: int) -> dict[str, list[str]]:
         refused[version] = []
         for comm_type in COMM_TYPES:
             windows, sinks = "p2p" not in comm_type, comm_type == "a2a"
-            for form, mask, sunk in ASKED:
-                if (isinstance(mask, str) or windows) and (sinks or not sunk):
-                    word = tried(comm_type, group, form, mask, sunk)
-                    refused[version] += [f"{comm_type} {form}{' sinks' if sunk else ''}: {word}"] if word else []
+            for form, mask, more in ASKED:
+                if (isinstance(mask, str) or windows) and (sinks or more != " sinks"):
+                    word = tried(comm_type, group, form, mask, more)
+                    refused[version] += [f"{comm_type} {form}{more}: {word}"] if word else []
         double.drop()
     return refused
 
 
-def tried(comm_type: str, group: Any, form: str, mask: Any, sunk: bool) -> str:
+def tried(comm_type: str, group: Any, form: str, mask: Any, more: str) -> str:
     """The refusal of one call, or nothing."""
     lengths: dict[str, Any] = {"cu_seqlens_q": [0, 5, 12]} if form == "thd" else {"max_seqlen_q": 16}
-    options: dict[str, Any] = {"sinks": torch.ones(4)} if sunk else {}
+    options: dict[str, Any] = {"sinks": torch.ones(4)} if more == " sinks" else {}
     try:
         handler = te(comm_type)(cp_group=group, qkv_format=form, mask=mask, **lengths)  # type: ignore[arg-type]
         shape = (handler.num_local_tokens,) if form == "thd" else (2, handler.num_local_tokens)
-        x = [torch.randn(*shape, 4, 8, dtype=torch.float32) for _ in range(3)]
+        x = [torch.randn(*shape, 4, d, dtype=torch.float32) for d in (8, 8, 16 if more == " values" else 8)]
         handler.core_attn(None, *x, return_max_logit=True, **options)
     except UnsupportedError as error:
         return str(error)
@@ -545,7 +547,7 @@ def tried(comm_type: str, group: Any, form: str, mask: Any, sunk: bool) -> str:
 
 CHANGES = [new for old, new in pairwise(("", *VERSIONS)) if double.SIGNATURES.get(old) != double.SIGNATURES[new]]
 """The versions that take other arguments than the one before, and below those that can do more."""
-SOME = [*CHANGES, "2.11.0", "2.18.0"]
+SOME = [*CHANGES, "2.11.0", "2.14.1", "2.15.0", "2.18.0"]
 SLOW = pytest.mark.slow
 
 
@@ -561,9 +563,10 @@ def test_every_version(te_ranks: RankPool, tmp_path: Path, size: int, versions: 
         since = {**te_attention.PACKED_SINCE, **({} if size == 4 else {"a2a+p2p": (2, 10)})}  # which then is a2a alone
         wanted = {f"{comm} thd" for comm in COMM_TYPES if number < since[comm]}
         wanted |= {"a2a thd sinks"} if number < (2, 12) else set()
+        wanted |= {"all_gather bshd values"} if number < (2, 15) else set()
         assert {line.partition(":")[0] for line in refused} == (wanted if size > 1 else set()), version
         for line in refused:
-            assert f"TransformerEngine {version.rpartition('.')[0]} has no" in line
+            assert re.search(rf"TransformerEngine {version.rpartition('.')[0]} (has|gathers) no", line)
             assert re.search(r"install 2\.1\d or a later one, or use", line)
 
 
@@ -819,3 +822,23 @@ def test_the_install_line_names_an_extra() -> None:
     assert dev is not None
     assert not re.search(r"transformer|te\]|gpu", dev[1])
     assert te_package.INSTALL in (ROOT / "docs" / "transformer-engine.md").read_text()
+
+
+def test_tables_of_masks() -> None:
+    """Names of masks that there are; across two streams no others."""
+    for names in ({"masks": ("Cause",)}, {"masks": ("Causal",), "cross_masks": ("Full",)}, {"cross_masks": ("Full",)}):
+        with pytest.raises(ValueError, match=r"no such (cross_)?masks"):
+            Capabilities(**names)
+    table = Capabilities(masks=("Causal", "Full"), cross_masks=("Full",))
+    assert table.serves_mask(Causal())
+    assert not table.serves_mask(Causal(), crossing=True)
+    named_alike = type("Causal", (Causal,), {})
+    assert not table.serves_mask(named_alike())
+    assert Capabilities().serves_mask(named_alike())
+
+
+def test_any_class_may_need_a_package() -> None:
+    lacking = type("Lacking", (RingHandler,), {"package": "nowhere_to_be_found"})
+    with pytest.raises(MissingPackageError, match=r"Lacking computes with 'nowhere_to_be_found'.*install"):
+        lacking.check_package()
+    RingHandler.check_package()

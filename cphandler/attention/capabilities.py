@@ -43,7 +43,8 @@ class Capabilities:
     """What a handler class serves.
 
     Attributes:
-        layouts: names of layouts; those that callers build are tried wherever their spans have one stride.
+        layouts: names of layouts; those that callers build are tried wherever their spans have one stride. Empty for a
+            class that brings its own.
         formats: values of ``qkv_format``.
         features: names out of :data:`FEATURES`.
         instead: the way out where a feature is missing, by name.

@@ -33,6 +33,9 @@ PACKED_SINCE = {"p2p": te.OLDEST, "a2a": (2, 10), "all_gather": (2, 18), "a2a+p2
 
 PACKED_SINKS_SINCE = (2, 12)
 
+GATHERED_VALUE_DIMS_SINCE = (2, 15)
+"""Before, what was gathered came out with the channels of the queries."""
+
 _REASONS = {
     "softcap": "TransformerEngine caps scores from 2.20 on and by flash-attn 2 alone; use a local backend",
     "sinks": "TransformerEngine has sinks over several ranks with 'a2a' alone; use that, or a local backend",
@@ -191,6 +194,16 @@ class TEAttention(Attention):
         self._check_heads(call)
         if call.sinks is not None:
             self._check_sinks()
+        if call.q.shape[-1] != call.v.shape[-1] and self._gathers and te.engine().version < GATHERED_VALUE_DIMS_SINCE:
+            raise UnsupportedError(
+                f"{te.engine()} gathers no values of another head dim than the queries'",
+                got=f"{call.q.shape[-1]} and {call.v.shape[-1]}",
+                fix=f"install {te.dotted(GATHERED_VALUE_DIMS_SINCE)} or a later one, or use 'p2p'",
+            )
+
+    @property
+    def _gathers(self) -> bool:
+        return self.comm_type == "all_gather" and self.host.ranks.size > 1
 
     @staticmethod
     def _check_tensors(call: AttentionCall) -> None:
@@ -363,8 +376,7 @@ class TEAttention(Attention):
             described[f"max_seqlen_{stream}"] = self._longest(stream)
             padded = padded or self._has_padding(stream)
         # flash-attn 2 and 4 go wrong, and say nothing, over packed documents that were gathered: padding rules them out
-        gathers = self.comm_type == "all_gather" and self.host.ranks.size > 1
-        return {**described, "pad_between_seqs": padded or gathers}
+        return {**described, "pad_between_seqs": padded or self._gathers}
 
     def _longest(self, stream: str) -> int:
         """The longest document of a stream, padded."""

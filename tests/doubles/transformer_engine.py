@@ -327,6 +327,8 @@ class Double(torch.nn.Module):
         assert ("padding" in name) == (form == "thd"), "padding goes with thd, and with nothing else"
         assert "bottom_right" not in name
         assert self.softmax_type == "vanilla" or not self.deterministic
+        alike = self.hidden_size_per_attention_head_k == self.hidden_size_per_attention_head_v
+        assert alike or comm != "all_gather" or version >= (2, 15), "out is as wide as the queries"
         assert window in (None, (-1, 0), (-1, -1)) or comm in ("a2a", "all_gather"), "no windows"
         assert self.softmax_type == "vanilla" or comm == "a2a", "no sinks"
         if form == "thd":
