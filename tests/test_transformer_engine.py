@@ -510,8 +510,9 @@ ASKED: tuple[tuple[str, Any, str], ...] = (
     ("bshd", SlidingWindow(2), ""),
     ("bshd", "causal", " values"),
     ("thd", "full", " sinks"),
+    ("thd", "full", " logit"),
 )
-"""Formats, masks, and what else: values of another head dim, or sinks."""
+"""Formats, masks, and what else: values of another head dim, sinks, or the largest logit."""
 
 
 def every_version(folders: dict[str, str], size: int) -> dict[str, list[str]]:
@@ -539,7 +540,7 @@ def tried(comm_type: str, group: Any, form: str, mask: Any, more: str) -> str:
         handler = te(comm_type)(cp_group=group, qkv_format=form, mask=mask, **lengths)  # type: ignore[arg-type]
         shape = (handler.num_local_tokens,) if form == "thd" else (2, handler.num_local_tokens)
         x = [torch.randn(*shape, 4, d, dtype=torch.float32) for d in (8, 8, 16 if more == " values" else 8)]
-        handler.core_attn(None, *x, return_max_logit=True, **options)
+        handler.core_attn(None, *x, return_max_logit=more in (" values", " logit"), **options)
     except UnsupportedError as error:
         return str(error)
     return ""
@@ -561,12 +562,14 @@ def test_every_version(te_ranks: RankPool, tmp_path: Path, size: int, versions: 
     for version, refused in te_ranks.run(every_version, folders, size)[3].items():
         number = tuple(map(int, version.split(".")[:2]))
         since = {**te_attention.PACKED_SINCE, **({} if size == 4 else {"a2a+p2p": (2, 10)})}  # which then is a2a alone
-        wanted = {f"{comm} thd" for comm in COMM_TYPES if number < since[comm]}
+        without = {comm for comm in COMM_TYPES if size > 1 and number < since[comm]}
+        wanted = {f"{comm} thd{more}" for comm in COMM_TYPES for more in ("", " logit") if comm in without}
+        wanted |= {f"{comm} thd logit" for comm in COMM_TYPES if number < (2, 11)}
         wanted |= {"a2a thd sinks"} if number < (2, 12) else set()
-        wanted |= {"all_gather bshd values"} if number < (2, 15) else set()
-        assert {line.partition(":")[0] for line in refused} == (wanted if size > 1 else set()), version
+        wanted |= {"all_gather bshd values"} if number < (2, 15) and size > 1 else set()
+        assert {line.partition(":")[0] for line in refused} == wanted, version
         for line in refused:
-            assert re.search(rf"TransformerEngine {version.rpartition('.')[0]} (has|gathers) no", line)
+            assert re.search(rf"TransformerEngine {version.rpartition('.')[0]} has no", line)
             assert re.search(r"install 2\.1\d or a later one, or use", line)
 
 

@@ -31,11 +31,6 @@ from cphandler.tracing import untraced
 PACKED_SINCE = {"p2p": te.OLDEST, "a2a": (2, 10), "all_gather": (2, 18), "a2a+p2p": (2, 19)}
 """The first version that takes packed documents over several ranks, by comm type."""
 
-PACKED_SINKS_SINCE = (2, 12)
-
-GATHERED_VALUE_DIMS_SINCE = (2, 15)
-"""Before, what was gathered came out with the channels of the queries."""
-
 _REASONS = {
     "softcap": "TransformerEngine caps scores from 2.20 on and by flash-attn 2 alone; use a local backend",
     "sinks": "TransformerEngine has sinks over several ranks with 'a2a' alone; use that, or a local backend",
@@ -163,6 +158,7 @@ class TEAttention(Attention):
             self._check_capabilities(call)
             self._check_tangents(call)
             self.check_call(call)
+            self._check_version(call, given)
             if given is not None:
                 self._check_given(call, given)
             return call._replace(module=given if given is not None else self._made(call))
@@ -192,14 +188,29 @@ class TEAttention(Attention):
                 fix="make the handler with a ProcessGroup or a DeviceMesh",
             )
         self._check_heads(call)
-        if call.sinks is not None:
-            self._check_sinks()
-        if call.q.shape[-1] != call.v.shape[-1] and self._gathers and te.engine().version < GATHERED_VALUE_DIMS_SINCE:
+        if call.sinks is not None and te.is_deterministic():
             raise UnsupportedError(
-                f"{te.engine()} gathers no values of another head dim than the queries'",
-                got=f"{call.q.shape[-1]} and {call.v.shape[-1]}",
-                fix=f"install {te.dotted(GATHERED_VALUE_DIMS_SINCE)} or a later one, or use 'p2p'",
+                "TransformerEngine has no deterministic attention with sinks",
+                got="NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, or torch.use_deterministic_algorithms(True)",
+                fix="switch that off, or use a local backend",
             )
+
+    def _check_version(self, call: AttentionCall, given: Any) -> None:
+        """Refuse what the installed version has not yet."""
+        has_sinks = call.sinks is not None or (given is not None and given.softmax_type != "vanilla")
+        widens = call.q.shape[-1] != call.v.shape[-1] and self._gathers
+        asked = (
+            ("largest logit of packed documents", self.is_packed and call.wants_max_logit, (2, 11)),
+            ("sinks over packed documents", self.is_packed and has_sinks, (2, 12)),
+            ("values of another head dim than the queries' with 'all_gather'", widens, (2, 15)),
+        )
+        installed = te.engine()
+        for what, holds, since in asked:
+            if holds and installed.version < since:
+                raise UnsupportedError(
+                    f"{installed} has no {what}",
+                    fix=f"install {te.dotted(since)} or a later one, or use a local backend",
+                )
 
     @property
     def _gathers(self) -> bool:
@@ -224,21 +235,6 @@ class TEAttention(Attention):
                 f"TransformerEngine's kernels want head dims that are multiples of {te.hardware.head_dim_multiple}",
                 got=longest,
                 fix="pad the channels with zeros and name the softmax_scale, or use a local backend",
-            )
-
-    def _check_sinks(self) -> None:
-        """Refuse sinks where the engine would find no kernel for them."""
-        installed = te.engine()
-        if te.is_deterministic():
-            raise UnsupportedError(
-                "TransformerEngine has no deterministic attention with sinks",
-                got="NVTE_ALLOW_NONDETERMINISTIC_ALGO=0, or torch.use_deterministic_algorithms(True)",
-                fix="switch that off, or use a local backend",
-            )
-        if self.is_packed and self.host.ranks.size > 1 and installed.version < PACKED_SINKS_SINCE:
-            raise UnsupportedError(
-                f"{installed} has no sinks over packed documents",
-                fix=f"install {te.dotted(PACKED_SINKS_SINCE)} or a later one, or use a local backend",
             )
 
     def _check_heads(self, call: AttentionCall) -> None:

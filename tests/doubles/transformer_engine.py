@@ -319,10 +319,12 @@ class Double(torch.nn.Module):
         assert self.attention_type == ("cross" if q is not k and told.get("cross") else self.attention_type)
 
     def _check_matrix(self, told: dict[str, Any], form: str, seats: Seats) -> None:
-        """The engine's support matrix over several ranks."""
+        """The engine's support matrix: what it would answer with "no backend is available", or fail at."""
+        name, comm, version = told["attn_mask_type"], self.cp_comm_type, tuple(map(int, self.version.split(".")[:2]))
+        assert form != "thd" or not self.return_max_logit or version >= (2, 11)
+        assert form != "thd" or self.softmax_type == "vanilla" or version >= (2, 12)
         if seats.size == 1:
             return
-        name, comm, version = told["attn_mask_type"], self.cp_comm_type, tuple(map(int, self.version.split(".")[:2]))
         window = told.get("window_size")
         assert ("padding" in name) == (form == "thd"), "padding goes with thd, and with nothing else"
         assert "bottom_right" not in name
