@@ -689,6 +689,11 @@ def uneven_heads() -> None:
     for options in ({"sinks": torch.zeros(3)}, {"return_max_logit": True}):
         with pytest.raises(NotImplementedError, match="cuDNN kernels alone, which want even numbers of heads"):
             handler.attention._check_heads(called(handler, *qkv(handler.num_local_tokens, 3, 3), **options))
+    logit = te_package.engine().attention(3, 8, return_max_logit=True)
+    with pytest.raises(NotImplementedError, match="cuDNN kernels alone, which want even numbers of heads"):
+        handler.attention._check_heads(  # type: ignore[attr-defined]
+            called(handler, *qkv(handler.num_local_tokens, 3, 3))._replace(module=logit)
+        )
     sunk = te_package.engine().attention(4, 8, num_gqa_groups=2, softmax_type="off-by-one")
     handler = packed("all_gather", cp_group=partition_group([(0, 1), (2, 3)]))
     with pytest.raises(NotImplementedError, match="has sinks, which TransformerEngine has with 'a2a' alone"):

@@ -157,11 +157,9 @@ class TEAttention(Attention):
             )
             self._check_capabilities(call)
             self._check_tangents(call)
+            call = call._replace(module=given)
             self.check_call(call)
-            self._check_version(call, given)
-            if given is not None:
-                self._check_given(call, given)
-            return call._replace(module=given if given is not None else self._made(call))
+            return call if given is not None else call._replace(module=self._made(call))
 
         return host.agreed("core_attn", check, lambda call: f"{call.describe()}, {host.shown_mask(call.mask)}")
 
@@ -187,7 +185,10 @@ class TEAttention(Attention):
                 got=type(self.host.ranks.source).__name__,
                 fix="make the handler with a ProcessGroup or a DeviceMesh",
             )
+        if call.module is not None:
+            self._check_given(call, call.module)
         self._check_heads(call)
+        self._check_version(call)
         if call.sinks is not None and te.is_deterministic():
             raise UnsupportedError(
                 "TransformerEngine has no deterministic attention with sinks",
@@ -195,13 +196,20 @@ class TEAttention(Attention):
                 fix="switch that off, or use a local backend",
             )
 
-    def _check_version(self, call: AttentionCall, given: Any) -> None:
+    @staticmethod
+    def _extras(call: AttentionCall) -> tuple[bool, bool]:
+        """Whether the engine will compute sinks, and the largest logit; a module of the caller's may want to."""
+        module = call.module
+        sinks = call.sinks is not None if module is None else module.softmax_type != "vanilla"
+        return sinks, call.wants_max_logit if module is None else bool(module.return_max_logit)
+
+    def _check_version(self, call: AttentionCall) -> None:
         """Refuse what the installed version has not yet."""
-        has_sinks = call.sinks is not None or (given is not None and given.softmax_type != "vanilla")
+        sinks, largest = self._extras(call)
         widens = call.q.shape[-1] != call.v.shape[-1] and self._gathers
         asked = (
-            ("largest logit of packed documents", self.is_packed and call.wants_max_logit, (2, 11)),
-            ("sinks over packed documents", self.is_packed and has_sinks, (2, 12)),
+            ("largest logit of packed documents", self.is_packed and largest, (2, 11)),
+            ("sinks over packed documents", self.is_packed and sinks, (2, 12)),
             ("values of another head dim than the queries' with 'all_gather'", widens, (2, 15)),
         )
         installed = te.engine()
@@ -246,7 +254,7 @@ class TEAttention(Attention):
                 got=f"{heads[0]} and {heads[1]} heads",
                 fix=f"use multiples of {parts}, or 'p2p', or the ulysses backend, which serves any number of heads",
             )
-        if parts > 1 and any(number % 2 for number in heads) and (call.sinks is not None or call.wants_max_logit):
+        if parts > 1 and any(number % 2 for number in heads) and any(self._extras(call)):
             raise UnsupportedError(
                 "TransformerEngine computes sinks and the largest logit with its cuDNN kernels alone, which want even "
                 f"numbers of heads with {self.comm_type}",
