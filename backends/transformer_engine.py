@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from cphandler.attention import te_attention as te
 from cphandler.attention.te_package import engine
-from cphandler.errors import UnsupportedError
-from cphandler.handler.contract import AskedLayout
 from cphandler.handler.layout_handler import LayoutHandler
 
 
@@ -22,31 +20,14 @@ class TEHandler(LayoutHandler):
 
     comm_type = "p2p"
     package = "transformer_engine"
-    default_layout = "contiguous"
     capabilities = te.capability_table()
     attention_cls = te.TEAttention
+    own_layout = staticmethod(te.engine_layout)
 
     @classmethod
     def check_package(cls) -> None:
         """See :meth:`ContextParallelHandler.check_package`."""
         engine()
-
-    def prepare(self, layout: AskedLayout) -> None:
-        """See :meth:`ContextParallelHandler.prepare`.
-
-        Raises:
-            UnsupportedError: a layout was named, or what the engine does not serve.
-        """
-        if layout is not None:
-            raise UnsupportedError(
-                f"{type(self).__name__} brings TransformerEngine's layout: zigzag over padded documents",
-                got=f"layout {layout!r}",
-                fix="pass layout=None",
-            )
-        if self.cp_size == 1:
-            return super().prepare(None)
-        queries, keys = (te.engine_layout(stream.documents, self.cp_size) for stream in (self.queries, self.keys))
-        return super().prepare((queries, keys) if self.is_cross_attention else queries)
 
 
 class TEGatherHandler(TEHandler):

@@ -39,6 +39,7 @@ from cphandler.attention import te_attention, te_package
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.options import AttentionOptions
+from cphandler.backends.layered import layered
 from cphandler.backends.ring import RingHandler
 from cphandler.comm import groups
 from cphandler.layouts.layout import Layout, padded_offsets, padded_zigzag, zigzag
@@ -611,7 +612,7 @@ class Ranks:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "kernel": ({"config": CPConfig(kernel="torch")}, r"chooses its kernels itself; .*NVTE_FLASH_ATTN"),
-    "layout": ({"layout": "zigzag"}, r"brings TransformerEngine's layout.*pass layout=None"),
+    "layout": ({"layout": "zigzag"}, "brings its own layout; .*pass layout=None"),
     "window": ({"mask": SlidingWindow(3)}, r"does not serve the mask SlidingWindow; use Causal or Full, or a local"),
     "mask": ({"mask": kit.BlockCausal(4)}, "does not serve the mask BlockCausal"),
     "cross": ({"cu_seqlens_kv": [0, 4, 9], "mask": Causal("top_left")}, "in cross attention; use Full"),
@@ -818,9 +819,26 @@ def test_the_package_is_imported_when_it_is_chosen(tmp_path: Path) -> None:
     assert done.stdout.strip() == "['transformer_engine', 'transformer_engine.pytorch']", done.stderr
 
 
-def test_lists_of_comm_types_are_refused(installed: None) -> None:
-    with pytest.raises(TypeError, match=r"leave the layout and core_attn to the library.*got TEHandler"):
-        get_cp_handler_cls("te", ["p2p", "a2a"])
+def layers_by_turns() -> None:
+    """One layout for all layers, which is the engine's; each layer's comm type and what it refuses are its own."""
+    handler_cls = get_cp_handler_cls("te", ["p2p", "a2a", "all_gather"], num_layers=3)
+    handler = handler_cls(cp_group=partition_group([(0, 1), (2, 3)]), qkv_format="thd", cu_seqlens_q=[0, 5, 12])
+    assert handler.layout.name == "padded zigzag"
+    x, outs = qkv(handler.num_local_tokens), []
+    for number, comm_type in enumerate(("p2p", "a2a", "all_gather"), start=1):
+        outs.append(handler.core_attn(None, *x, layer_number=number))
+        assert double.CALLS[-2].group[3] == comm_type
+    assert all(torch.allclose(out, outs[0]) for out in outs)
+    handler.core_attn(None, *x, layer_number=2, mask=SlidingWindow(2))
+    with pytest.raises(NotImplementedError, match="TEHandler does not serve the mask SlidingWindow"):
+        handler.core_attn(None, *x, layer_number=1, mask=SlidingWindow(2))
+
+
+def test_a_comm_type_for_each_layer(te_ranks: RankPool) -> None:
+    te_ranks.run(layers_by_turns)
+    other = type("Other", (RingHandler,), {"own_layout": staticmethod(te_attention.engine_layout)})
+    with pytest.raises(TypeError, match=r"layers share one layout; got RingHandler, Other, which bring several"):
+        layered((RingHandler, other))
 
 
 def test_the_install_line_names_an_extra() -> None:

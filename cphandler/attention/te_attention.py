@@ -20,7 +20,7 @@ from cphandler.attention.loop import AttentionResult
 from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.comm.groups import level_groups, two_levels
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
-from cphandler.layouts.layout import Layout, padded_offsets, padded_zigzag
+from cphandler.layouts.layout import Layout, contiguous, padded_offsets, padded_zigzag
 from cphandler.precision import accumulator_dtype
 from cphandler.sharding.shard import Shard, device_copy
 from cphandler.tokens.documents import Documents
@@ -60,7 +60,8 @@ def engine_layout(documents: Documents, cp_size: int) -> Layout:
 
 @lru_cache(maxsize=32)
 def _layout(offsets: bytes, cp_size: int) -> Layout:
-    return padded_zigzag(np.frombuffer(offsets, dtype=np.int64), cp_size)
+    table = np.frombuffer(offsets, dtype=np.int64)
+    return padded_zigzag(table, cp_size) if cp_size > 1 else contiguous(table, 1)
 
 
 class TEAttention(Attention):
