@@ -501,6 +501,13 @@ def test_modules_are_made_once() -> None:
 
 
 @pytest.mark.usefixtures("installed")
+def test_the_engine_is_named() -> None:
+    told = packed().explain()
+    assert told.kernel is None
+    assert "TransformerEngine computes attention, and chooses among kernels of its own" in str(told)
+
+
+@pytest.mark.usefixtures("installed")
 def test_copies_of_a_handler_compute() -> None:
     handler, x = packed(), qkv()
     assert torch.equal(copy.deepcopy(handler).core_attn(None, *x), handler.core_attn(None, *x))

@@ -69,6 +69,8 @@ class TEAttention(Attention):
 
     comm_type: ClassVar[str] = "p2p"
 
+    engine = "TransformerEngine"
+
     @property
     def multiple(self) -> int:
         """What the rows of each document must divide by."""
