@@ -43,16 +43,21 @@ def layered(classes: tuple[type[ContextParallelHandler], ...]) -> type[ContextPa
     """The class with these algorithms, one per layer; the same class for the same list.
 
     Raises:
-        InvalidTypeError: a class with a layout or a ``core_attn`` of its own.
+        InvalidTypeError: a class with a ``prepare`` or a ``core_attn`` of its own; classes that bring several layouts.
     """
     own = tuple(_sharing(handler_cls) for handler_cls in classes)
+    bring = own[0].own_layout
+    if any(handler_cls.own_layout is not bring for handler_cls in own):
+        names = ", ".join(handler_cls.__name__ for handler_cls in own)
+        raise InvalidTypeError("layers share one layout", got=f"{names}, which bring several", fix="choose others")
     tables = [handler_cls.capabilities for handler_cls in own]
     layouts = tuple(name for name in tables[0].layouts if all(name in table.layouts for table in tables))
     features = frozenset.intersection(*(table.features for table in tables))
     features |= {"ulysses_degree"} if any("ulysses_degree" in table.features for table in tables) else set()
     table = Capabilities(layouts=layouts, features=features)
     two_level = any(handler_cls.two_level for handler_cls in own)
-    return type("LayeredHandler", (LayeredHandler,), {"classes": own, "capabilities": table, "two_level": two_level})
+    made = {"classes": own, "capabilities": table, "two_level": two_level, "own_layout": bring and staticmethod(bring)}
+    return type("LayeredHandler", (LayeredHandler,), made)
 
 
 def _sharing(handler_cls: type[ContextParallelHandler]) -> type[LayoutHandler]:

@@ -123,6 +123,7 @@ class Attention:
             "ulysses_degree": config.ulysses_degree is not None,
         }
         table.require(self.name, *(feature for feature, given in asked.items() if given))
+        table.require_mask(self.name, self.host.mask, crossing=shards.is_crossing)
         for shard in (shards.queries, shards.keys):
             layout = shard.layout
             if self.host.ranks.size > 1 and (layout.name in LAYOUTS or layout.replicated):
@@ -200,6 +201,8 @@ class Attention:
         if call.wants_max_logit:
             features.append("return_max_logit")
         self.capabilities.require(self.name, *features)
+        if self.capabilities.masks is not None:
+            self.capabilities.require_mask(self.name, call.mask, crossing=self.host.shards.is_crossing)
         if call.module is None:
             return
         rows = self.host.shards.keys.padded_rows
@@ -227,6 +230,7 @@ class Attention:
             InvalidValueError: a mask that does not fit the documents.
             UnsupportedError: a mask or a layout that no plan can be made of.
         """
+        self.capabilities.require_mask(self.name, mask, crossing=self.host.shards.is_crossing)
         kernel = likely_kernel(self.host.config.kernel, self.host.device.type)
         plans = self._plans_for(kernel.takes_prefix)
         plans.plan(mask)

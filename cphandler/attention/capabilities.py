@@ -8,6 +8,7 @@ from typing import Any
 
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import LAYOUTS, LEVEL_LAYOUTS, Layout
+from cphandler.tokens.masks import MASKS, Mask
 
 FEATURES: dict[str, str] = {
     "softmax_scale": "a factor on the scores",
@@ -39,13 +40,17 @@ COMMON = frozenset(FEATURES) - {"own_attention", "gradient_wire_dtype", "ulysses
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a handler class serves. Masks need no column: every mask is bands, and bands are all alike.
+    """What a handler class serves.
 
     Attributes:
-        layouts: names of layouts; those that callers build are tried wherever their spans have one stride.
+        layouts: names of layouts; those that callers build are tried wherever their spans have one stride. Empty for a
+            class that brings its own.
         formats: values of ``qkv_format``.
         features: names out of :data:`FEATURES`.
         instead: the way out where a feature is missing, by name.
+        masks: names of masks; None for all of them, a caller's own too, as it is where masks are bands: these are all
+            alike.
+        cross_masks: of those that ``masks`` names, the ones that are served across two streams; None for all of them.
 
     Raises:
         InvalidTypeError: another collection than a tuple, a tuple, a frozenset and a mapping.
@@ -56,6 +61,8 @@ class Capabilities:
     formats: tuple[str, ...] = FORMATS
     features: frozenset[str] = COMMON
     instead: Mapping[str, str] | None = None
+    masks: tuple[str, ...] | None = None
+    cross_masks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_names("layouts", self.layouts, tuple, LAYOUTS)
@@ -63,6 +70,42 @@ class Capabilities:
         _check_names("features", self.features, frozenset, tuple(FEATURES))
         if self.instead is not None:
             _check_names("instead", self.instead, Mapping, tuple(FEATURES))
+        for name, masks in (("masks", self.masks), ("cross_masks", self.cross_masks)):
+            if masks is not None:
+                known = tuple(mask.__name__ for mask in MASKS) if name == "masks" else self.masks or ()
+                _check_names(name, masks, tuple, known)
+
+    def serves_mask(self, mask: Mask, *, crossing: bool = False) -> bool:
+        """Whether a mask is served.
+
+        Args:
+            mask: who sees whom.
+            crossing: over two streams.
+        """
+        names = self._masks(crossing)
+        return names is None or (type(mask) in MASKS and type(mask).__name__ in names)
+
+    def _masks(self, crossing: bool) -> tuple[str, ...] | None:
+        return self.masks if not crossing or self.cross_masks is None else self.cross_masks
+
+    def require_mask(self, who: str, mask: Mask, *, crossing: bool = False) -> None:
+        """Refuse a mask.
+
+        Args:
+            who: the class's name.
+            mask: who sees whom.
+            crossing: over two streams.
+
+        Raises:
+            UnsupportedError: one that is not served, and what is.
+        """
+        if not self.serves_mask(mask, crossing=crossing):
+            across = " in cross attention" if crossing else ""
+            raise UnsupportedError(
+                f"{who} does not serve the mask {type(mask).__name__}{across}",
+                fix=f"use {' or '.join(self._masks(crossing) or ())}, or a local backend (ring, p2p, all_gather, "
+                "ulysses), which serves every mask",
+            )
 
     def require(self, who: str, *features: str) -> None:
         """Refuse features that are missing.

@@ -30,18 +30,25 @@ def show_support(
         print(as_markdown())
         return
     names = list(built_in())
+    for backend in dict.fromkeys(name.partition("/")[0] for name in names):
+        shown = [i for i, name in enumerate(names) if name.partition("/")[0] == backend]
+        Console().print(_table(backend, [names[i] for i in shown], shown))
+
+
+def _table(backend: str, names: list[str], columns: list[int]) -> Table:
+    """What the handlers of one backend serve."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column(backend)
     for name in names:
-        table.add_column(name.replace("/", "\n"), justify="center")
+        table.add_column(name.partition("/")[2] or "one rank", justify="center")
     kind = ""
     for row in support():
         if row.kind != kind:
             kind = row.kind
             table.add_row(f"[bold]{kind}[/bold]")
-        marks = ["yes" if served else "[dim]no[/dim]" for served in row.served]
+        marks = ["yes" if row.served[i] else "[dim]no[/dim]" for i in columns]
         table.add_row(f"  {row.name}", *marks)
-    Console().print(table)
+    return table
 
 
 @app.command("kernels")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cphandler.attention.capabilities import FEATURES, FORMATS, Capabilities
-from cphandler.handler.factory import available_cp_handlers, get_cp_handler_cls
+from cphandler.handler.factory import available_cp_handlers, find_cp_handler_cls
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.tokens.masks import MASKS
 
@@ -26,11 +26,16 @@ class Row(NamedTuple):
 
 
 def built_in() -> dict[str, Capabilities]:
-    """Capability tables of the registered handlers over a layout, by ``backend`` or ``backend/comm type``."""
-    tables = {}
+    """Capability tables of the registered handlers over a layout, by ``backend`` or ``backend/comm type``.
+
+    Also of those whose package is not installed; a class under several names is listed under the first.
+    """
+    tables, seen = {}, set()
     for backend, comm_type in available_cp_handlers():
-        table = getattr(get_cp_handler_cls(backend, comm_type), "capabilities", None)
-        if isinstance(table, Capabilities):
+        handler_cls = find_cp_handler_cls(backend, comm_type)
+        table = getattr(handler_cls, "capabilities", None)
+        if isinstance(table, Capabilities) and handler_cls not in seen:
+            seen.add(handler_cls)
             tables[f"{backend}/{comm_type}" if comm_type else backend] = table
     return tables
 
@@ -42,8 +47,8 @@ def support() -> Iterator[Row]:
         yield Row("layout", layout, tuple(layout in table.layouts for table in tables))
     for form in FORMATS:
         yield Row("format", form, tuple(form in table.formats for table in tables))
-    for mask in MASKS:  # all are bands, and every handler over a layout takes all bands
-        yield Row("mask", mask.__name__, (True,) * len(tables))
+    for mask in MASKS:
+        yield Row("mask", mask.__name__, tuple(table.masks is None or mask.__name__ in table.masks for table in tables))
     for feature in FEATURES:
         yield Row("option", feature, tuple(feature in table.features for table in tables))
 

@@ -46,6 +46,7 @@ class CPGroup:
             there is none.
         source: what the caller passed.
         degree: size of the inner dim of a 2-D mesh; None for anything else.
+        levels: the (inner, outer) process groups of a 2-D mesh that this rank is in; None for anything else.
     """
 
     size: int
@@ -53,6 +54,7 @@ class CPGroup:
     name: str
     source: Any
     degree: int | None = None
+    levels: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CPGroup:
         """Itself: whoever copies what holds a group stays in the group."""
@@ -124,7 +126,8 @@ def _resolve_mesh(mesh: DeviceMesh, *, two_level: bool) -> CPGroup:
     if mesh.get_coordinate() is None:
         raise _not_a_member(mesh.mesh.flatten().tolist())
     if mesh.ndim == 2:
-        return replace(_resolve_process_group(_flat_group(mesh)), degree=mesh.size(1))
+        levels = _group_of_dim(mesh, 1), _group_of_dim(mesh, 0)
+        return replace(_resolve_process_group(_flat_group(mesh)), degree=mesh.size(1), levels=levels)
     return _resolve_process_group(_group_of_dim(mesh, 0))
 
 
@@ -175,12 +178,46 @@ def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
                 got=ranks,
                 fix="let the last mesh dim be the inner one; groups number their ranks in ascending order",
             )
-        made[tuple(ranks)] = _group_of(ranks, [_group_of_dim(mesh, dim) for dim in (0, 1)])
+        fix = "pass the group of all the mesh's ranks and CPConfig(ulysses_degree=...)"
+        made[tuple(ranks)] = _group_of(ranks, [_group_of_dim(mesh, dim) for dim in (0, 1)], fix)
     return made[tuple(ranks)]
 
 
-def _group_of(ranks: list[int], dims: list[dist.ProcessGroup]) -> dist.ProcessGroup:
-    """A group of a mesh's ranks: everybody's own where the mesh has them all, else one that only its members make.
+_groups_of_levels: WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
+    WeakKeyDictionary()
+)
+"""Per flat group, by ranks of an inner group, the groups of two levels that this rank is in."""
+
+
+def level_groups(group: CPGroup, degree: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The process groups of two levels, for an engine that wants such: a mesh's own, or made once by all ranks.
+
+    Args:
+        group: a resolved group; all its ranks make this call.
+        degree: ranks A of an inner group, which divides the size.
+
+    Returns:
+        The group of this rank's A neighbours, and that of the ranks with its place among theirs.
+
+    Raises:
+        InvalidValueError: ranks that belong to other numbers of process groups cannot make one together.
+    """
+    if group.levels is not None:
+        return group.levels
+    made = _groups_of_levels.setdefault(group.source, {})
+    if degree not in made:
+        ranks, (p, a) = dist.get_process_group_ranks(group.source), divmod(group.rank, degree)
+        fix = "pass the 2-D (outer, inner) device mesh of the two groups"
+        inner, outer = (
+            group.source if len(part) == group.size else _group_of(part, [group.source], fix)
+            for part in (ranks[p * degree : (p + 1) * degree], ranks[a::degree])
+        )
+        made[degree] = inner, outer
+    return made[degree]
+
+
+def _group_of(ranks: list[int], dims: list[dist.ProcessGroup], fix: str) -> dist.ProcessGroup:
+    """A group of some ranks of others: everybody's own where that is all, else one that only its members make.
 
     torch names such a group after the number of groups that the process already has, so that members who have other
     numbers of them would wait for each other forever.
@@ -194,9 +231,9 @@ def _group_of(ranks: list[int], dims: list[dist.ProcessGroup]) -> dist.ProcessGr
     most, least = int(extremes[0]), -int(extremes[1])
     if most != least:
         raise InvalidValueError(
-            "the ranks of a 2-D mesh that belong to other numbers of process groups cannot make one together",
+            "ranks that belong to other numbers of process groups cannot make one together",
             got=f"{least} to {most} groups a rank",
-            fix="pass the group of all the mesh's ranks and CPConfig(ulysses_degree=...)",
+            fix=fix,
         )
     group: dist.ProcessGroup = dist.new_group(
         ranks, backend=dist.get_backend_config(dims[0]), use_local_synchronization=True

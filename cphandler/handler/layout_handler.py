@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from cphandler.sharding.rope import Freqs, rotate
 from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.tensors import check_no_tangent, check_plain, where_rows_are
 from cphandler.tokens.counts import checked_flag
+from cphandler.tokens.documents import Documents
 from cphandler.tokens.masks import Mask, make_mask
 from cphandler.tracing import untraced
 
@@ -42,6 +43,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
+
+
+class LayoutMaker(Protocol):
+    """A layout from a stream's documents and the number of ranks."""
+
+    def __call__(self, documents: Documents, cp_size: int, /) -> Layout:
+        """Which rank holds which tokens."""
 
 
 class LayoutHandler(ContextParallelHandler):
@@ -65,6 +73,9 @@ class LayoutHandler(ContextParallelHandler):
     attention_cls: ClassVar[type[Attention]] = Attention
     """The algorithm."""
 
+    own_layout: ClassVar[LayoutMaker | None] = None
+    """What makes the layout, a static method, where the class brings its own; None: the caller chooses."""
+
     def prepare(self, layout: AskedLayout) -> None:
         """Cut the documents by the layout, and set up attention; what was made for an equal batch is found again.
 
@@ -74,6 +85,7 @@ class LayoutHandler(ContextParallelHandler):
                 documents.
             UnsupportedError: a layout or a setting this class does not serve.
         """
+        layout = self._chosen(layout)
         planned = layout if isinstance(layout, BatchPlan) else None
         if isinstance(layout, BatchPlan):
             self._check_planned(layout)
@@ -84,6 +96,21 @@ class LayoutHandler(ContextParallelHandler):
         self._consistency = Consistency(self.ranks, self.config)
         self.attention = self.make_attention()
         self.shards.visible_bands(self.mask)  # a mask that does not fit the batch is refused here
+
+    def _chosen(self, layout: AskedLayout) -> AskedLayout:
+        """What was asked for, or what the class brings.
+
+        Raises:
+            UnsupportedError: both.
+        """
+        if self.own_layout is None:
+            return layout
+        queries, keys = (self.own_layout(stream.documents, self.cp_size) for stream in (self.queries, self.keys))
+        if layout is not None:
+            raise UnsupportedError(
+                f"{type(self).__name__} brings its own layout", got=f"layout {layout!r}", fix="pass layout=None"
+            )
+        return (queries, keys) if self.is_cross_attention else queries
 
     def _check_planned(self, planned: BatchPlan) -> None:
         """Refuse what was planned for another batch.

@@ -452,6 +452,32 @@ def zigzag(offsets: Table, cp_size: int) -> Layout:
     return Layout._placed("zigzag", total, spans, each, -(-total // cp_size))
 
 
+def padded_zigzag(offsets: Table, cp_size: int) -> Layout:
+    """:func:`zigzag` of documents each padded at its end to a multiple of ``2 * cp_size``.
+
+    What an engine needs that cuts every document into equal chunks. The padding is pad rows, in no document; all other
+    rows stand where they would if it were tokens.
+    """
+    lengths = np.diff(offsets)
+    padded = padded_offsets(offsets, 2 * cp_size)
+    whole, starts = zigzag(padded, cp_size), padded[:-1]
+    check_rows("padded zigzag", whole.num_tokens, cp_size)
+    filled = np.flatnonzero(lengths)
+    (rows,) = whole.tables()
+    which, span, first, stop = cut_by_spans(starts[filled], starts[filled] + lengths[filled], rows)
+    document = filled[which]
+    tokens = rows[span, START] + first - starts[document] + offsets[:-1][document]
+    order = np.argsort(rows[span, RANK], kind="stable")
+    spans = np.stack([tokens, stop - first, np.ones_like(first), rows[span, LOCAL] + first], axis=1)[order]
+    counts = np.bincount(rows[span, RANK], minlength=cp_size)
+    return Layout._placed("padded zigzag", int(offsets[-1]), spans, counts, whole.num_local_tokens)
+
+
+def padded_offsets(offsets: Table, multiple: int) -> Table:
+    """``[D + 1]`` offsets of documents each padded at its end to a multiple."""
+    return offsets_of(-(-np.diff(offsets) // multiple) * multiple)
+
+
 def _joined_by_rank(starts: Table, lengths: Table, ranks: Table, cp_size: int) -> tuple[Table, Table]:
     """:func:`joined` for all ranks at once, with local rows that count up from 0 on each; and how many each has."""
     filled = np.flatnonzero(lengths)

@@ -112,6 +112,7 @@ class Subject:
         named = {case.layout_of(stream) for stream in case.streams} & set(LAYOUTS)
         layouts = named if case.cp_size > 1 else set()
         served = case.qkv_format in self.table.formats and layouts <= set(self.table.layouts)
+        served = served and self.table.serves_mask(case.mask, crossing=case.is_cross)
         if not (served and self.table.features.issuperset(_built_with(case))):
             return "construction"
         return None if self.table.features.issuperset(_called_with(case)) else "call"
