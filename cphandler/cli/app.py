@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -31,9 +32,9 @@ def show_support(
         return
     names = list(built_in())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(name.replace("/", "\n"), justify="center")
+        table.add_column(re.sub(r"/|(?<=[_+])", "\n", name), justify="center")
     kind = ""
     for row in support():
         if row.kind != kind:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cphandler.attention.capabilities import FEATURES, FORMATS, Capabilities
-from cphandler.handler.factory import available_cp_handlers, get_cp_handler_cls
+from cphandler.handler.factory import available_cp_handlers, find_cp_handler_cls
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.tokens.masks import MASKS
 
@@ -26,10 +26,13 @@ class Row(NamedTuple):
 
 
 def built_in() -> dict[str, Capabilities]:
-    """Capability tables of the registered handlers over a layout, by ``backend`` or ``backend/comm type``."""
+    """Capability tables of the registered handlers that have one, by ``backend`` or ``backend/comm type``.
+
+    Whether the packages that some of them compute with are installed makes no difference.
+    """
     tables = {}
     for backend, comm_type in available_cp_handlers():
-        table = getattr(get_cp_handler_cls(backend, comm_type), "capabilities", None)
+        table = getattr(find_cp_handler_cls(backend, comm_type), "capabilities", None)
         if isinstance(table, Capabilities):
             tables[f"{backend}/{comm_type}" if comm_type else backend] = table
     return tables

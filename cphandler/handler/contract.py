@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsIndex, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from cphandler.attention.options import OptionalArguments
 from cphandler.comm.collectives import device_of
 from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.config import CPConfig
-from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
+from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError, UnsupportedError
 from cphandler.handler.explanation import Algorithm, Explanation, Sample
 from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
@@ -91,6 +92,28 @@ class ContextParallelHandler(ABC):
 
     two_level: ClassVar[bool] = False
     """Whether a 2-D (outer, inner) device mesh may be given as the group."""
+
+    package: ClassVar[str] = ""
+    """The optional package that this class computes with, as it is imported; empty for none."""
+
+    @classmethod
+    def check_package(cls) -> None:
+        """Import :attr:`package`; :func:`cphandler.get_cp_handler_cls` calls this, so that it is not imported before.
+
+        A class that knows more of its package, such as which versions will do, overrides it.
+
+        Raises:
+            MissingPackageError: the package is missing, broken, or of a version that is not supported.
+        """
+        try:
+            if cls.package:
+                import_module(cls.package)
+        except Exception as error:  # a package that is half installed may raise anything
+            raise MissingPackageError(
+                f"{cls.__name__} computes with {cls.package!r}, which cannot be imported",
+                got=f"{type(error).__name__}: {error}",
+                fix=f"install {cls.package!r}, or mend it",
+            ) from error
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ _HANDLERS: Registry[tuple[str, str | None], ContextParallelHandler] = Registry(
         ("local", "all_gather"): "cphandler.backends.all_gather:AllGatherHandler",
         ("local", "a2a+p2p"): "cphandler.backends.usp:USPHandler",
         ("local", "a2a+ring"): "cphandler.backends.usp:USPRingHandler",
+        ("magi", None): "cphandler.backends.magi:MagiHandler",
     },
 )
 
@@ -188,7 +189,7 @@ def get_cp_handler_cls(
     Raises:
         InvalidTypeError: not strings, or a list with a class that has a layout of its own.
         InvalidValueError: an unknown pair; lists the known ones. A list of another length than ``num_layers``.
-        MissingPackageError: the backend's package cannot be imported.
+        MissingPackageError: the backend's package cannot be imported, or is of a version that is not supported.
     """
     if isinstance(cp_comm_type, Sequence) and not isinstance(cp_comm_type, (str, bytes)):
         return _layered(backend, list(cp_comm_type), num_layers)
@@ -198,6 +199,25 @@ def get_cp_handler_cls(
             got=f"num_layers {num_layers} with {cp_comm_type!r}",
             fix="leave it out, or pass one comm type for each layer",
         )
+    handler_cls = find_cp_handler_cls(backend, cp_comm_type)
+    handler_cls.check_package()
+    return handler_cls
+
+
+def find_cp_handler_cls(backend: str, cp_comm_type: str | None = None) -> type[ContextParallelHandler]:
+    """The handler class for a backend and a comm type, be the package that it computes with installed or not.
+
+    For what asks a class about itself, such as its table of capabilities; see :func:`get_cp_handler_cls`.
+
+    Args:
+        backend: see :func:`get_cp_handler_cls`.
+        cp_comm_type: one name, or None.
+
+    Raises:
+        InvalidTypeError: not strings.
+        InvalidValueError: an unknown pair; lists the known ones.
+        MissingPackageError: the class's own module cannot be imported.
+    """
     key = _key(backend, cp_comm_type)
     _adopt_announced(key)
     if key in _HANDLERS:
