@@ -309,6 +309,7 @@ def rows_are_the_engines() -> None:
         theirs = sys.modules["magi_attention.api"].dispatch(x=x, key=handler.keys_of_engine.first, pad_value=-100.0)
         assert torch.equal(handler.dispatch(x, 0, pad_value=-100.0), theirs)
         assert handler.layout.name == "magi"
+        assert "MagiAttention" in str(handler.explain())
         assert handler.num_local_tokens == 12, "chunks of 2 tokens, 33 of them padded to 36"
         assert not torch.equal(theirs, x[12 * handler.cp_rank :][:12]), "an order of its own"
         again = copy.deepcopy(handler)
@@ -471,7 +472,9 @@ def test_broken_installs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken
     assert "magi_attention" in str(caught.value)
     assert "https://github.com/SandAI-org/MagiAttention" in str(caught.value.fix)
     assert "placeholder" in str(caught.value.fix)
-    assert ("magi", None) in available_cp_handlers()
+    (told,) = [one for one in available_cp_handlers(explain=True) if one.backend == "magi"]
+    assert not told.usable
+    assert told.fix == caught.value.fix
     for name in [name for name in sys.modules if name.partition(".")[0] == "magi_attention"]:
         del sys.modules[name]
     with standing_in():

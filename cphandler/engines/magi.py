@@ -176,6 +176,7 @@ class MagiAttention(Attention):
     """Calls the package over the rows that it has dealt out; a batch of one mask becomes heads."""
 
     host: MagiHost
+    engine = "MagiAttention"
 
     def set_up(self) -> None:
         """Hold the package and the keys; see :meth:`Attention.set_up`."""
