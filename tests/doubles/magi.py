@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cphandler.engines import magi
 
-DATA = json.loads((Path(__file__).parent / "data" / "magi_signatures.json").read_text())
+DATA = json.loads((Path(__file__).parent.parent / "data" / "magi_signatures.json").read_text())
 VERSIONS = tuple(DATA["versions"])
 NAMES = ("magi_attention", "magi_attention.api", "magi_attention.common", "magi_attention.config")
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
