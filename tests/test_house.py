@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"layouts", "kernels", "comm"},
     {"plan", "sharding"},
     {"attention"},
-    {"handler"},
+    {"handler", "engines"},
     {"backends", "training"},
     {"__init__"},
     {"cli", "testing"},

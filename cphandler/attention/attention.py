@@ -114,15 +114,9 @@ class Attention:
         Raises:
             UnsupportedError: what the capability table lacks.
         """
-        table, config, shards = self.capabilities, self.host.config, self.host.shards
+        table, shards = self.capabilities, self.host.shards
         table.require_format(self.name, self.host.qkv_format)
-        asked = {
-            "cross_attention": shards.is_crossing,
-            "key_padding_mask": shards.keys.padded_rows is not None,
-            "gradient_wire_dtype": config.gradient_wire_dtype is not None,
-            "ulysses_degree": config.ulysses_degree is not None,
-        }
-        table.require(self.name, *(feature for feature, given in asked.items() if given))
+        table.require(self.name, *batch_features(self.host.queries, self.host.keys, self.host.config))
         table.require_mask(self.name, self.host.mask, crossing=shards.is_crossing)
         for shard in (shards.queries, shards.keys):
             layout = shard.layout
@@ -360,6 +354,23 @@ class Attention:
             kept = device_copy(queries.documents.valid_tokens, out.device)
             out = out.new_zeros(queries.documents.num_tokens, *out.shape[1:]).index_copy(0, kept, out)
         return batch_first(out, form)
+
+
+def batch_features(queries: StreamMetadata, keys: StreamMetadata, config: CPConfig) -> list[str]:
+    """What a batch and its settings ask of a handler class, by the names of its capability table.
+
+    Args:
+        queries: the query stream.
+        keys: the key stream; the same object for self attention.
+        config: settings.
+    """
+    asked = {
+        "cross_attention": keys is not queries,
+        "key_padding_mask": keys.padded_rows is not None,
+        "gradient_wire_dtype": config.gradient_wire_dtype is not None,
+        "ulysses_degree": config.ulysses_degree is not None,
+    }
+    return [feature for feature, given in asked.items() if given]
 
 
 def _without_padding(x: Tensor, stream: StreamMetadata) -> Tensor:

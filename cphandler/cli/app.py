@@ -38,9 +38,9 @@ def show_support(
 def _table(backend: str, names: list[str], columns: list[int]) -> Table:
     """What the handlers of one backend serve."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(backend)
+    table.add_column(backend, no_wrap=True)
     for name in names:
-        table.add_column(name.partition("/")[2] or "one rank", justify="center")
+        table.add_column(name.partition("/")[2] or ("one rank" if backend == "local" else ""), justify="center")
     kind = ""
     for row in support():
         if row.kind != kind:

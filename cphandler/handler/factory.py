@@ -36,6 +36,7 @@ _HANDLERS: Registry[tuple[str, str | None], ContextParallelHandler] = Registry(
                 ("a2a+p2p", "TEUSPHandler"),
             )
         },
+        ("magi", None): "cphandler.backends.magi:MagiHandler",
     },
 )
 
