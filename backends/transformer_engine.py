@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cphandler.attention import te_attention as te
-from cphandler.attention.te_package import engine
+from cphandler.engines import te_attention as te
+from cphandler.engines.te_package import engine
 from cphandler.handler.layout_handler import LayoutHandler
 
 

@@ -35,13 +35,13 @@ from cphandler import (
     get_batch_on_this_cp_rank,
     get_cp_handler_cls,
 )
-from cphandler.attention import te_attention, te_package
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.options import AttentionOptions
 from cphandler.backends.layered import layered
 from cphandler.backends.ring import RingHandler
 from cphandler.comm import groups
+from cphandler.engines import te_attention, te_package
 from cphandler.layouts.layout import Layout, padded_offsets, padded_zigzag, zigzag
 from cphandler.testing import RankPool, partition_group
 from cphandler.testing import test_conformance as kit

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cphandler.attention import te_package
+from cphandler.engines import te_package
 
 VERSION = "2.20.2"
 SIGNATURES: dict[str, dict[str, str]] = json.loads(

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cphandler.attention import te_package as te
 from cphandler.attention.attention import Attention
 from cphandler.attention.call import AttentionCall, batch_first, from_batch_first
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.loop import AttentionResult
 from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.comm.groups import level_groups, two_levels
+from cphandler.engines import te_package as te
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout, contiguous, padded_offsets, padded_zigzag
 from cphandler.precision import accumulator_dtype
