@@ -12,11 +12,14 @@ from torch import Tensor
 from benchmarks.gpu import kernels, ring
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import OK, WRONG, Record
+from benchmarks.gpu.work import Inputs, direct
+from cphandler import Causal
 from cphandler.kernels import registry
 from cphandler.kernels.kernel import Softmax
 from cphandler.kernels.registry import get_kernel
 from cphandler.kernels.task import Task
 from cphandler.kernels.torch_cpu import TorchCpuKernel
+from tests.doubles.packages import kernels_on_cpu
 
 CPU = torch.device("cpu")
 
@@ -75,3 +78,14 @@ def test_a_part_that_there_is_not(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_real_ranks_and_the_demo() -> None:
     assert main(["--device", "cpu", "--small", "--only", "ranks,demo"]) == 0
+
+
+def test_the_kernel_alone_makes_its_launches_and_no_more() -> None:
+    sample = kernels.Sample("packed causal", (37, 1, 80), Causal())
+    inputs = Inputs.drawn(118, (4, 2), 16, torch.bfloat16, CPU)
+    with kernels_on_cpu() as calls:
+        kernel = get_kernel("double_torch_flash", "cpu")
+        call = direct(kernel, inputs, sample.blocks(), Softmax(0.25), backward=True)
+        calls.clear()
+        call()
+    assert sorted(calls) == ["flash backward", "flash backward", "flash forward", "flash forward"]

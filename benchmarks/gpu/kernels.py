@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.rows import ABSENT, OK, WRONG, Record, Row
-from benchmarks.gpu.work import Blocks, Inputs, Results, attend, computed, errors, milliseconds, reference, usable
+from benchmarks.gpu.work import Blocks, Inputs, Results, computed, direct, errors, milliseconds, reference, usable
 from cphandler import (
     Causal,
     ContextParallelHandler,
@@ -135,14 +135,12 @@ def check_one_rank(record: Record, device: torch.device, *, small: bool) -> None
                 continue
             config, leaves = CPConfig(kernel=kernel_name), [x.squeeze(0).requires_grad_() for x in inputs[:3]]
             handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=torch.tensor(offsets), config=config)
-            for what, ours, own in (
-                ("forward", partial(_call, handler, leaves), partial(attend, kernel, inputs, sample.blocks(), softmax)),
-                (
-                    "forward and backward",
-                    partial(_step, handler, leaves, inputs.grad_out.squeeze(0)),
-                    partial(computed, kernel, inputs, sample.blocks(), softmax),
-                ),
-            ):
+            calls = {
+                "forward": partial(_call, handler, leaves),
+                "forward and backward": partial(_step, handler, leaves, inputs.grad_out.squeeze(0)),
+            }
+            for what, ours in calls.items():
+                own = direct(kernel, inputs, sample.blocks(), softmax, backward="backward" in what)
                 took, alone = milliseconds(ours, device), milliseconds(own, device)
                 record.add(_timed(f"{kernel_name} {name} {what} of {rows}", took, alone))
 

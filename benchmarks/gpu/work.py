@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Tasks, get_kernel
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.kernels.registry import available_kernels
+from cphandler.kernels.varlen import VarlenKernel, inputs_of, result_of
 
 SEED = 20
 
@@ -73,6 +75,25 @@ def pull(kernel: Kernel, inputs: Inputs, blocks: Blocks, softmax: Softmax, out: 
             else:
                 total.add_at(keys, part.total())
     return Gradients(dq, dk, dv)
+
+
+def direct(kernel: Kernel, inputs: Inputs, blocks: Blocks, softmax: Softmax, *, backward: bool) -> Callable[[], object]:
+    """The kernel's own calls and nothing around them, for one owner's tasks; all of it where a kernel makes many."""
+    (_, tasks), *others = blocks.owners
+    if others or not isinstance(kernel, VarlenKernel):
+        return partial(computed if backward else attend, kernel, inputs, blocks, softmax)
+    launches = kernel.prepare(tasks, inputs.q.dtype, inputs.q.device).launches
+    out, lse = attend(kernel, inputs, blocks, softmax)
+    own = [inputs_of(launch, [inputs.q, inputs.k, inputs.v], softmax) for launch in launches]
+    results = [result_of(launch, out, lse, inputs.grad_out, None) for launch in launches]
+
+    def call() -> None:
+        for given, result in zip(own, results, strict=True):
+            kernel.launch_forward(given)
+            if backward:
+                kernel.launch_backward(given, result)
+
+    return call
 
 
 def computed(kernel: Kernel, inputs: Inputs, blocks: Blocks, softmax: Softmax) -> Results:

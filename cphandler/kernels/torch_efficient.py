@@ -101,8 +101,9 @@ def _summed(grad: Tensor, groups: int) -> Tensor:
 def _cells(offsets: Offsets, rows: int) -> tuple[Tensor, Tensor]:
     """Of each packed row the sequence and the place in it, on the device."""
     places = torch.arange(rows, device=offsets.queries.device)
-    sequence = torch.searchsorted(offsets.queries[1:], places, right=True)
-    return sequence, places - offsets.queries[sequence]
+    starts = offsets.queries.long()
+    sequence = torch.searchsorted(starts[1:], places, right=True)
+    return sequence, places - starts[sequence]
 
 
 def _table_of(lse: Tensor, offsets: Offsets | None) -> Tensor:

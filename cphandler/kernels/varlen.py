@@ -145,7 +145,7 @@ class VarlenKernel(Kernel):
         wide = [padded(x, channels) for x in (q, k, v)]
         work = self._prepared_for(tasks, q)
         for launch in work.launches:
-            inputs = _inputs(launch, wide, softmax)
+            inputs = inputs_of(launch, wide, softmax)
             out, lse = self.launch_forward(inputs)
             out, lse = _unpacked(narrowed(out, wanted), launch, q.shape[0]), _rows_first(lse, launch, q.shape[0])
             _scatter_attention(result, launch.queries, out, lse)
@@ -176,7 +176,7 @@ class VarlenKernel(Kernel):
         sides = padded(out, channels), saved.lse, padded(grad_out, channels), None if carried else saved.grad_lse
         work = self._prepared_for(tasks, saved.q)
         for launch in work.launches:
-            parts = self.launch_backward(_inputs(launch, [q, keys, wide_v], softmax), _result(launch, *sides))
+            parts = self.launch_backward(inputs_of(launch, [q, keys, wide_v], softmax), result_of(launch, *sides))
             for total, side, part in zip(grads, (launch.queries, launch.keys, launch.keys), parts, strict=True):
                 _scatter(total, side, narrowed(_unpacked(part, launch, q.shape[0]), total.shape[-1]))
         if work.rest is not None:
@@ -217,7 +217,8 @@ def _unpacked(x: Tensor, launch: Launch, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)) if launch.offsets is not None else x
 
 
-def _inputs(launch: Launch, tensors: list[Tensor], softmax: Softmax) -> Inputs:
+def inputs_of(launch: Launch, tensors: list[Tensor], softmax: Softmax) -> Inputs:
+    """What a launch computes on, of queries, keys and values ``[B, rows, heads, D]`` of one head dim."""
     sides = zip((launch.queries, launch.keys, launch.keys), tensors, strict=True)
     q, k, v = (_packed(side.of(x), launch) for side, x in sides)
     return Inputs(q, k, v, launch.window, launch.offsets, softmax)
@@ -233,7 +234,8 @@ def _heads_first(x: Tensor, launch: Launch) -> Tensor:
     return (x.flatten(0, 1).t() if launch.offsets is not None else x.transpose(1, 2)).contiguous()
 
 
-def _result(launch: Launch, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Result:
+def result_of(launch: Launch, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Result:
+    """The query side of a launch's backward pass, of ``[B, rows, N, ...]``."""
     side = launch.queries
     of_lse = None if grad_lse is None else _heads_first(side.of(grad_lse), launch)
     return Result(
