@@ -77,16 +77,20 @@ def costs(backend: str, size: int, lengths: tuple[int, ...]) -> dict[str, int] |
         nonlocal calls
         calls += event == "call"
 
-    sys.setprofile(called)
-    step()
-    sys.setprofile(None)
+    least = None  # what the garbage collector happens to finalize in a step is none of it
+    for _ in range(3):
+        calls = 0
+        sys.setprofile(called)
+        step()
+        sys.setprofile(None)
+        least = calls if least is None else min(least, calls)
     return {
         "kernels": sum(n for name, n in counts.items() if "flash_attention_for_cpu" in name),
         "messages": traffic.messages,
         "sent": traffic.sent_bytes,
         "copies": counts["aten::copy_"],
         "allocations": sum(counts[name] for name in ALLOCATIONS),
-        "calls": calls,
+        "calls": least,
     }
 
 

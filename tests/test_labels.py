@@ -110,7 +110,7 @@ def test_shifted_in_any_dim() -> None:
     [
         ({"ids": torch.ones(3)}, InvalidTypeError, "ids must be integers; got torch.float32"),
         ({"depths": True}, InvalidTypeError, "depths must be an int; got True"),
-        ({"depths": 0}, InvalidValueError, "depths must be 1 or more; got 0"),
+        ({"depths": 0}, InvalidValueError, "depths must be at least 1; got 0"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

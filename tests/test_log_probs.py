@@ -143,11 +143,15 @@ def test_no_copy_of_all_logits_in_float32() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"logits": torch.zeros(3, 4, dtype=torch.int64)}, InvalidTypeError, "logits must be a floating-point tensor"),
+        (
+            {"logits": torch.zeros(3, 4, dtype=torch.int64)},
+            InvalidTypeError,
+            "logits must be floating point; got torch.int64",
+        ),
         ({"labels": torch.zeros(3)}, InvalidTypeError, "labels must be integers; got torch.float32"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, InvalidValueError, "labels [2], logits [3, 4]"),
-        ({"temperature": 0.0}, InvalidValueError, "temperature must be above 0; got 0.0"),
-        ({"chunk_size": 0}, InvalidValueError, "chunk_size must be above 0; got 0"),
+        ({"temperature": 0.0}, InvalidValueError, "temperature must be above 0 and finite; got 0.0"),
+        ({"chunk_size": 0}, InvalidValueError, "chunk_size must be at least 1; got 0"),
         ({"vocab_size": 5}, InvalidValueError, "got 5 of 4 columns"),
         ({"labels": torch.tensor([0, 4, 1])}, InvalidValueError, "labels must be below the vocabulary's size"),
     ],

@@ -47,6 +47,9 @@ def qkv() -> dict[str, Any]:
 
 
 HANDLER = packed()
+DIVISORS = {"half", "one and a half", "a whole float", "one", "five"}
+IN_TENSORS = {"a number in a tensor", "a nan in a tensor"}
+"""One number each; a tensor is not looked into, which would wait for its device."""
 DENSE_HANDLER = get_cp_handler_cls("local")(qkv_format="bshd", max_seqlen_q=12)
 SEATED = two_ranks(qkv_format="thd", cu_seqlens_q=[0, 5, 12])
 ROWS: dict[str, Row] = {
@@ -322,6 +325,68 @@ ROWS: dict[str, Row] = {
             "dropout": {"True", "False"},
         },
     ),
+    "next_token_labels": Row(
+        cphandler.next_token_labels,
+        lambda: {"ids": torch.arange(12), "handler": HANDLER, "depths": 2, "ignore_index": -1},
+        {"depths": {"None", "one", "five"}, "ignore_index": {"minus one", "minus a thousand"}},
+    ),
+    "shift_labels": Row(
+        cphandler.shift_labels,
+        lambda: {"labels": torch.arange(6), "cu_seqlens": [0, 4, 6], "dim": 0, "ignore_index": -1},
+        {"cu_seqlens": {"None"}, "dim": {"zero", "minus one"}, "ignore_index": {"minus one", "minus a thousand"}},
+    ),
+    "token_log_probs": Row(
+        cphandler.token_log_probs,
+        lambda: {
+            "logits": torch.zeros(12, 5),
+            "labels": torch.zeros(12, dtype=torch.int64),
+            "temperature": 0.5,
+            "chunk_size": 3,
+            "tp_group": None,
+            "vocab_size": 4,
+            "exact": False,
+            "return_entropy": True,
+            "return_top1": True,
+        },
+        {
+            "temperature": DIVISORS,
+            "chunk_size": {"None", "one", "five"},
+            "tp_group": {"None"},
+            "vocab_size": {"None", "one", "five"},
+            "exact": {"True", "False"},
+            "return_entropy": {"True", "False"},
+            "return_top1": {"True", "False"},
+        },
+    ),
+    "reduce_token_loss": Row(
+        cphandler.reduce_token_loss,
+        lambda: {
+            "values": torch.zeros(12),
+            "mask": torch.ones(12),
+            "handler": HANDLER,
+            "reduction": "token_mean",
+            "num_tokens": 6,
+            "group": None,
+        },
+        {"num_tokens": DIVISORS | {"None", *IN_TENSORS}, "group": {"None"}},
+    ),
+    "language_model_loss": Row(
+        cphandler.language_model_loss,
+        lambda: {
+            "logits": torch.zeros(12, 5),
+            "labels": torch.zeros(12, dtype=torch.int64),
+            "handler": HANDLER,
+            "reduction": "fixed",
+            "normalizer": 2.0,
+            "group": None,
+        },
+        {"normalizer": DIVISORS | IN_TENSORS, "group": {"None"}},
+    ),
+    "sum_over_tokens": Row(
+        cphandler.sum_over_tokens,
+        lambda: {"values": torch.zeros(3), "handler": HANDLER, "group": None},
+        {"values": {"a tensor of nothing", *IN_TENSORS}, "group": {"None"}},
+    ),
     "connect_zero_loss": Row(
         lambda loss, activations: connect_zero_loss(loss, *[activations]),
         lambda: {"loss": torch.tensor(1.0), "activations": torch.zeros(2, requires_grad=True)},
@@ -359,6 +424,7 @@ ELSEWHERE = {
     "LayoutHandler": "the handlers",
     "Mask": "abstract",
     "PlanStats": "made by plan_batch",
+    "TokenLogProbs": "what token_log_probs returns",
     "Traffic": "made by record_traffic",
     "clear_plan_cache": "takes nothing",
     "record_traffic": "takes nothing",

@@ -221,7 +221,11 @@ def test_a_ratio_of_sums_is_the_batchs(ranks: RankPool) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"values": torch.zeros(6, dtype=torch.int64)}, InvalidTypeError, "values must be a floating-point tensor"),
+        (
+            {"values": torch.zeros(6, dtype=torch.int64)},
+            InvalidTypeError,
+            "values must be floating point; got torch.int64",
+        ),
         ({"mask": torch.ones(5)}, InvalidValueError, "got [5] beside [6]"),
         ({"reduction": "mean"}, InvalidValueError, "unknown reduction; got 'mean'; choose token_mean, token_sum"),
         ({"reduction": "fixed"}, InvalidValueError, "normalizer belongs to the reduction fixed"),

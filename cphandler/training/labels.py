@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from reprlib import repr as short_repr
+
 import torch
 from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
+from cphandler.tokens.counts import checked_count
 from cphandler.tokens.documents import Offsets, checked_offsets
+from cphandler.training.arguments import check_integers, checked_handler, checked_label
 
 IGNORED = -100
 """What ``torch.nn.functional.cross_entropy`` ignores unless told otherwise."""
@@ -32,15 +36,14 @@ def next_token_labels(
 
     Raises:
         InvalidTypeError: ids that are not integers, depths that are not an int.
-        InvalidValueError: depths below 1, ids that are not local.
+        InvalidValueError: depths below 1, ids that are not local, an ``ignore_index`` that could be a token.
     """
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise InvalidTypeError("ids must be integers", got=got, fix="pass the local token numbers")
-    if depths is not None and (isinstance(depths, bool) or not isinstance(depths, int)):
-        raise InvalidTypeError("depths must be an int", got=repr(depths), fix="3 for the tokens 1, 2 and 3 ahead")
-    if depths is not None and depths < 1:
-        raise InvalidValueError("depths must be 1 or more", got=depths, fix="None for the next token alone")
+    check_integers("ids", ids)
+    handler, ignore_index = checked_handler(handler), checked_label(ignore_index)
+    if depths is not None:
+        depths = checked_count("depths", depths, least=1, fix="3 for the tokens 1, 2 and 3 ahead, None for the next")
+    if ids.dim() == 0:
+        raise InvalidValueError("ids must have rows", got="a number", fix="pass the local token numbers")
     dim = 0 if handler.qkv_format == "sbhd" else ids.dim() - 1
     real = _spread(handler.valid_mask, ids, dim)
     source, labels = ids.to(torch.int64).masked_fill(~real, ignore_index), []
@@ -71,8 +74,15 @@ def shift_labels(
         ignore_index: the label of each document's last token.
 
     Raises:
-        InvalidValueError: offsets that do not end at the number of tokens.
+        InvalidTypeError: labels that are not integers, a dim that is no int.
+        InvalidValueError: offsets that do not end at the number of tokens, a dim that there is not.
     """
+    check_integers("labels", labels)
+    ignore_index = checked_label(ignore_index)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise InvalidTypeError("dim must be an int", got=short_repr(dim), fix="-1 for the last")
+    if not -labels.dim() <= dim < labels.dim():
+        raise InvalidValueError("labels have no such dim", got=f"{dim} of {labels.dim()}", fix="-1 is the last")
     length = labels.shape[dim]
     shifted = labels.roll(-1, dim).movedim(dim, 0).clone()
     offsets = [0, length] if cu_seqlens is None else checked_offsets(cu_seqlens, "cu_seqlens").tolist()

@@ -13,6 +13,8 @@ from cphandler.comm.collectives import all_gather
 from cphandler.comm.groups import CPGroup, GroupSource, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.precision import accumulator_dtype
+from cphandler.tokens.counts import checked_count, checked_flag
+from cphandler.training.arguments import check_floats, check_integers, checked_divisor
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of one chunk of logits in float32, where no chunk size is given."""
@@ -98,16 +100,29 @@ def token_log_probs(
         InvalidValueError: shapes that do not fit, a temperature or chunk size that is not above 0, a vocabulary larger
             than its columns, a label outside it (on a GPU, where looking would wait for it, its result is ``-inf``).
     """
+    check_floats("logits", logits)
+    check_integers("labels", labels)
+    if isinstance(temperature, Tensor):
+        raise InvalidTypeError(
+            "temperature must be a number", got="a tensor", fix="divide the logits by one of each token"
+        )
+    temperature = float(checked_divisor("temperature", temperature))
+    if chunk_size is not None:
+        chunk_size = checked_count("chunk_size", chunk_size, least=1, fix="None lets a chunk have 64 MiB")
+    if vocab_size is not None:
+        vocab_size = checked_count("vocab_size", vocab_size, least=1, fix="None takes all columns")
+    flags = {"exact": exact, "return_entropy": return_entropy, "return_top1": return_top1}
+    exact, return_entropy, return_top1 = (checked_flag(name, flag) for name, flag in flags.items())
     ranks = None if tp_group is None else resolve_group(tp_group)
     vocabulary = _vocabulary(logits, vocab_size, ranks, exact=exact)
-    _check(logits, labels, vocabulary, temperature, chunk_size)
+    _check(logits, labels, vocabulary)
     columns = logits.shape[-1]
     if chunk_size is None:
         width = columns * (vocabulary.ranks if exact else 1) * accumulator_dtype(logits.dtype).itemsize
         chunk_size = max(1, CHUNK_BYTES // max(1, width))
     rows = logits.reshape(-1, columns)
     log_probs, entropy, top1 = _LogProbs.apply(  # type: ignore[no-untyped-call]
-        rows, labels.reshape(-1), vocabulary, float(temperature), chunk_size, return_entropy
+        rows, labels.reshape(-1), vocabulary, temperature, chunk_size, return_entropy
     )
     if not (return_entropy or return_top1):
         alone: Tensor = log_probs.view(labels.shape)
@@ -120,32 +135,20 @@ def token_log_probs(
 
 
 def _vocabulary(logits: Tensor, vocab_size: int | None, ranks: CPGroup | None, *, exact: bool) -> _Vocabulary:
-    columns = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 0
+    columns = logits.shape[-1] if logits.dim() else 0
     size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
     name = "" if ranks is None or size == 1 else ranks.name
     whole = columns * size
     return _Vocabulary(rank * columns, whole if vocab_size is None else vocab_size, name, size, exact and size > 1)
 
 
-def _check(logits: Tensor, labels: Tensor, vocabulary: _Vocabulary, temperature: float, chunk_size: int | None) -> None:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() == 0:
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise InvalidTypeError(
-            "logits must be a floating-point tensor [..., V]", got=got, fix="pass the model's output"
-        )
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise InvalidTypeError("labels must be integers", got=got, fix="pass token numbers, negative where none")
-    if labels.shape != logits.shape[:-1]:
+def _check(logits: Tensor, labels: Tensor, vocabulary: _Vocabulary) -> None:
+    if logits.dim() == 0 or labels.shape != logits.shape[:-1]:
         raise InvalidValueError(
             "labels must have the shape of the logits without the last dim",
             got=f"labels {list(labels.shape)}, logits {list(logits.shape)}",
             fix="dispatch both, or neither; next_token_labels makes labels from local ids",
         )
-    if not temperature > 0:
-        raise InvalidValueError("temperature must be above 0", got=temperature, fix="1.0 leaves the logits as they are")
-    if chunk_size is not None and chunk_size < 1:
-        raise InvalidValueError("chunk_size must be above 0", got=chunk_size, fix="None lets a chunk have 64 MiB")
     columns = logits.shape[-1] * vocabulary.ranks
     if not 0 < vocabulary.size <= columns:
         raise InvalidValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reprlib import repr as short_repr
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -12,7 +13,8 @@ from cphandler.comm.collectives import all_gather
 from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.precision import accumulator_dtype
+from cphandler.precision import ATTENTION_DTYPES, accumulator_dtype
+from cphandler.training.arguments import INTEGERS, check_floats, check_rows, checked_divisor, checked_handler
 from cphandler.training.log_probs import token_log_probs
 
 Reduction: TypeAlias = Literal[
@@ -51,6 +53,8 @@ def sum_over_tokens(values: Tensor, handler: ContextParallelHandler, *, group: G
         handler: the batch's; on a layout that every rank holds whole nothing is summed.
         group: ranks that hold other batches of the same step (data parallel), to be summed over too.
     """
+    check_floats("values", values)
+    handler = checked_handler(handler)
     names = [handler.ranks.name] if handler.sequence_sharded and handler.cp_size > 1 else []
     if group is not None:
         other = resolve_group(group)
@@ -95,6 +99,7 @@ def reduce_token_loss(
         InvalidTypeError: values that are not floating point.
         InvalidValueError: shapes that do not fit, an unknown reduction, a divisor that is missing or not asked for.
     """
+    handler = checked_handler(handler)
     _check(values, mask, reduction, normalizer, num_tokens)
     kept = values.to(accumulator_dtype(values.dtype)).masked_fill(mask == 0, 0.0)
     weights = mask.to(kept.dtype)
@@ -170,22 +175,20 @@ def _sequences(values: Tensor, handler: ContextParallelHandler) -> tuple[Tensor,
 
 
 def _check(values: Tensor, mask: Tensor, reduction: str, normalizer: object, num_tokens: object) -> None:
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise InvalidTypeError("values must be a floating-point tensor", got=got, fix="pass one value per local token")
-    if not isinstance(mask, Tensor) or mask.shape != values.shape:
-        other = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    check_floats("values", values)
+    check_rows("mask", mask, (torch.bool, *ATTENTION_DTYPES, *INTEGERS), "bool or numbers")
+    if mask.shape != values.shape:
         raise InvalidValueError(
-            "mask must be a tensor in the shape of the values",
-            got=f"{other} beside {list(values.shape)}",
+            "mask must have the shape of the values",
+            got=f"{list(mask.shape)} beside {list(values.shape)}",
             fix="dispatch both, with pad_value=0 for the mask",
         )
-    if reduction not in REDUCTIONS:
-        raise InvalidValueError("unknown reduction", got=repr(reduction), fix=f"choose {', '.join(REDUCTIONS)}")
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise InvalidValueError("unknown reduction", got=short_repr(reduction), fix=f"choose {', '.join(REDUCTIONS)}")
     if (normalizer is not None) != (reduction == "fixed"):
         raise InvalidValueError(
             "normalizer belongs to the reduction fixed",
-            got=f"normalizer {normalizer} with {reduction}",
+            got=f"normalizer {short_repr(normalizer)} with {reduction}",
             fix='pass both, or num_tokens= with "token_mean"',
         )
     if num_tokens is not None and reduction != "token_mean":
@@ -194,3 +197,6 @@ def _check(values: Tensor, mask: Tensor, reduction: str, normalizer: object, num
             got=f"num_tokens with {reduction}",
             fix='"fixed" with normalizer= divides a sum',
         )
+    for name, divisor in (("normalizer", normalizer), ("num_tokens", num_tokens)):
+        if divisor is not None:
+            checked_divisor(name, divisor)
