@@ -6,6 +6,7 @@ that development is pinned to.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from pathlib import Path
@@ -77,13 +78,18 @@ def costs(backend: str, size: int, lengths: tuple[int, ...]) -> dict[str, int] |
         nonlocal calls
         calls += event == "call"
 
-    least = None  # what the garbage collector happens to finalize in a step is none of it
-    for _ in range(3):
-        calls = 0
-        sys.setprofile(called)
-        step()
-        sys.setprofile(None)
-        least = calls if least is None else min(least, calls)
+    least = None
+    gc.collect()
+    gc.disable()  # what it happens to finalize in a step is none of the step's
+    try:
+        for _ in range(5):
+            calls = 0
+            sys.setprofile(called)
+            step()
+            sys.setprofile(None)
+            least = calls if least is None else min(least, calls)
+    finally:
+        gc.enable()
     return {
         "kernels": sum(n for name, n in counts.items() if "flash_attention_for_cpu" in name),
         "messages": traffic.messages,
