@@ -88,7 +88,7 @@ def token_log_probs(
         tp_group: the ranks that hold the other columns; all call this alike. None for one that holds all.
         vocab_size: tokens of the vocabulary where columns were appended to it; those take part in nothing.
         exact: with a ``tp_group``, compute on all columns, which travel: the bits are those of one rank for any number
-            of ranks. Otherwise three numbers of each token travel.
+            of ranks. Otherwise five numbers of each token travel.
         return_entropy: also give each distribution's entropy.
         return_top1: also give the likeliest tokens.
 
