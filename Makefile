@@ -9,6 +9,8 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := $(VENV)/bin
 # Other projects live in an environment of their own, so that the suite never meets them.
 PEERS := $(VENV)-peers
+# The stacks of the integrations too.
+STACKS := $(VENV)-integrations
 DEMO ?=
 MINUTES ?=
 SEED ?=
@@ -19,7 +21,7 @@ GPU_JSON ?= gpu-check.json
 # Processes that share the test suite.
 WORKERS ?= 2
 
-.PHONY: help demo test test-all fuzz check format lint types build gpu-extras
+.PHONY: help demo test test-all test-integrations fuzz check format lint types build gpu-extras
 .PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning blocks clean
 
 help:
@@ -44,6 +46,13 @@ $(PEERS)/installed: pyproject.toml constraints.txt
 	$(PEERS)/bin/python -m pip install --quiet -c $(PEERS)/constraints.txt --no-build-isolation -e ".[peers]"
 	touch $@
 
+$(STACKS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(if $(KEEP_TORCH),--system-site-packages) $(STACKS)
+	grep -v '^torch==$(if $(KEEP_TORCH),\|^numpy==)' constraints.txt > $(STACKS)/constraints.txt
+	$(if $(KEEP_TORCH),,$(STACKS)/bin/python -m pip install --quiet -c $(STACKS)/constraints.txt "$(TORCH)" numpy)
+	$(STACKS)/bin/python -m pip install --quiet -c $(STACKS)/constraints.txt -e ".[dev,hf,megatron]"
+	touch $@
+
 ## make demo      train on packed real documents on one rank and under context parallelism, and compare
 demo: $(VENV)/installed
 	$(BIN)/python -m cphandler.demo $(DEMO)
@@ -55,6 +64,10 @@ test: $(VENV)/installed
 ## make test-all  the test suite with the slow sweeps
 test-all: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST)
+
+## make test-integrations  Hugging Face, Megatron and the other stacks, as released, in an environment of their own
+test-integrations: $(STACKS)/installed
+	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal tests/integrations $(PYTEST)
 
 ## make fuzz      random configurations against the dense reference, MINUTES=5 SEED=7 or FUZZ="--case 7:123"
 fuzz: $(VENV)/installed
@@ -126,4 +139,4 @@ blocks: $(VENV)/installed
 	$(BIN)/python -m benchmarks.blocks $(BENCH)
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo_output bench_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(STACKS) build dist *.egg-info demo_output bench_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
