@@ -73,9 +73,18 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.training.log_probs import TokenLogProbs as TokenLogProbs
     from cphandler.training.log_probs import token_log_probs as token_log_probs
     from cphandler.training.losses import connect_zero_loss as connect_zero_loss
+    from cphandler.training.metrics import token_accuracy as token_accuracy
+    from cphandler.training.metrics import token_count as token_count
+    from cphandler.training.metrics import token_histogram as token_histogram
+    from cphandler.training.metrics import token_mean as token_mean
     from cphandler.training.reductions import language_model_loss as language_model_loss
     from cphandler.training.reductions import reduce_token_loss as reduce_token_loss
     from cphandler.training.reductions import sum_over_tokens as sum_over_tokens
+    from cphandler.training.scales import loss_scale as loss_scale
+    from cphandler.training.sequences import gather_last_tokens as gather_last_tokens
+    from cphandler.training.sequences import gather_tokens as gather_tokens
+    from cphandler.training.sequences import scatter_last_tokens as scatter_last_tokens
+    from cphandler.training.sequences import scatter_tokens as scatter_tokens
 
     merge = merge_attention
 
@@ -136,6 +145,15 @@ _MODULES: dict[str, str] = {
     "sum_over_tokens": "training.reductions",
     "shift_labels": "training.labels",
     "token_log_probs": "training.log_probs",
+    "gather_last_tokens": "training.sequences",
+    "gather_tokens": "training.sequences",
+    "loss_scale": "training.scales",
+    "scatter_last_tokens": "training.sequences",
+    "scatter_tokens": "training.sequences",
+    "token_accuracy": "training.metrics",
+    "token_count": "training.metrics",
+    "token_histogram": "training.metrics",
+    "token_mean": "training.metrics",
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",

@@ -168,7 +168,7 @@ class Plain(ContextParallelHandler):
     def combine(self, tensor: Tensor, seq_dim: int, **options: Any) -> Tensor:
         return self._engine.combine(tensor, seq_dim, **options)
 
-    def roll_tensor(self, tensor: Tensor | None, shifts: int = -1, dims: int = -1, **options: Any) -> Any:
+    def roll_tensor(self, tensor: Tensor | None, shifts: Any = -1, dims: int = -1, **options: Any) -> Any:
         return self._engine.roll_tensor(tensor, shifts, dims, **options)
 
     def rope(self, tensor: Tensor, freqs: Any, **options: Any) -> Tensor:

@@ -11,7 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cphandler import InvalidTypeError, InvalidValueError, get_cp_handler_cls, next_token_labels, shift_labels
+from cphandler import (
+    InvalidTypeError,
+    InvalidValueError,
+    get_cp_handler_cls,
+    next_token_labels,
+    record_traffic,
+    shift_labels,
+)
 from cphandler.testing import RankPool, partition_group
 
 LAYOUTS = ("zigzag", "contiguous", "striped", "balanced")
@@ -48,6 +55,11 @@ def packed(size: int, layout: str) -> None:
     pads = ~handler.valid_mask
     assert (single[pads] == -100).all()
     several = next_token_labels(local, handler, depths=3, ignore_index=-1)
+    with record_traffic() as one:
+        next_token_labels(local, handler)
+    with record_traffic() as three:
+        next_token_labels(local, handler, depths=3)
+    assert three.messages <= one.messages + size, "one exchange, whatever the depths: only neighbours may be others"
     for depth in (1, 2, 3):
         wanted = expected(ids, starts, depth).long()
         wanted[wanted == -100] = -1

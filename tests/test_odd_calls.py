@@ -165,7 +165,7 @@ ROWS: dict[str, Row] = {
         lambda: {"tensor": heads(), "shifts": -1, "dims": 0, "fill_value": 0, "return_sum": True, "stream": "q"},
         {
             "tensor": {"None", *MOVABLE},
-            "shifts": {*WHOLE, "minus one", "minus a thousand", "huge", "minus huge"},
+            "shifts": {*WHOLE, "minus one", "minus a thousand", "huge", "minus huge", "a list"},
             "dims": {"zero"},
             "fill_value": FILLERS,
             "return_sum": {"True", "False"},

@@ -157,6 +157,55 @@ def test_accumulated_steps_count_all_tokens_once(ranks: RankPool) -> None:
     assert max(ranks.run(accumulated, 4)) < 1e-12
 
 
+def accumulated_sequences(size: int) -> float:
+    group = partition_group(SPLIT[size])
+    if group is None:
+        return 0.0
+    handler = get_cp_handler_cls("ring")(cp_group=group, qkv_format="thd", cu_seqlens_q=torch.tensor(OFFSETS))
+    pairs = [drawn(20, "some"), drawn(21, "weights")]
+    count = sum(float(m[a:b].sum() > 0) for _, m in pairs for a, b in itertools.pairwise(OFFSETS))
+    kind = "sequence_mean_of_token_sum"
+    losses = [
+        reduce_token_loss(
+            handler.dispatch(values, 0), handler.dispatch(mask, 0), handler, reduction=kind, num_sequences=count
+        )
+        for values, mask in pairs
+    ]
+    expected = truth(torch.stack([v for v, _ in pairs]), torch.stack([m for _, m in pairs]), kind)
+    return float((sum(losses) - expected).abs())
+
+
+def test_accumulated_steps_count_all_sequences_once(ranks: RankPool) -> None:
+    assert max(ranks.run(accumulated_sequences, 3)) < 1e-12
+
+
+def careless_mask(size: int, form: str) -> float:
+    """A mask of ones counts padding of the batch and of the layout too; the loss does not."""
+    group = partition_group(SPLIT[size])
+    if group is None:
+        return 0.0
+    generator = torch.Generator().manual_seed(9)
+    if form == "thd":
+        handler = get_cp_handler_cls("ring")(
+            cp_group=group, qkv_format="thd", cu_seqlens_q=[0, 5, 6, 13], cu_seqlens_q_padded=[0, 7, 9, 17]
+        )
+        values = torch.randn(17, generator=generator, dtype=torch.float64)
+        real = torch.tensor([1] * 5 + [0] * 2 + [1, 0] + [1] * 7 + [0], dtype=torch.bool)
+    else:
+        real = torch.rand(3, 11, generator=generator) < 0.7
+        handler = get_cp_handler_cls("ring")(cp_group=group, qkv_format=form, max_seqlen_q=11, key_padding_mask=real)
+        values = torch.randn(3, 11, generator=generator, dtype=torch.float64)
+    given = values.t() if form == "sbhd" else values
+    local = handler.dispatch(given, 1 if form == "bshd" else 0, pad_value=float("inf"))
+    loss = reduce_token_loss(local, torch.ones_like(local, dtype=torch.bool), handler)
+    return float((loss - values[real].mean()).abs())
+
+
+@pytest.mark.parametrize("form", ["thd", "bshd", "sbhd"])
+def test_padding_never_counts(ranks: RankPool, form: str) -> None:
+    assert max(ranks.run(careless_mask, 4, form)) < 1e-12
+
+
 def model_loss(size: int) -> float:
     group = partition_group(SPLIT[size])
     if group is None:
@@ -228,8 +277,19 @@ def test_a_ratio_of_sums_is_the_batchs(ranks: RankPool) -> None:
         ),
         ({"mask": torch.ones(5)}, InvalidValueError, "got [5] beside [6]"),
         ({"reduction": "mean"}, InvalidValueError, "unknown reduction; got 'mean'; choose token_mean, token_sum"),
-        ({"reduction": "fixed"}, InvalidValueError, "normalizer belongs to the reduction fixed"),
-        ({"normalizer": 3.0}, InvalidValueError, "normalizer 3.0 with token_mean"),
+        ({"reduction": "fixed"}, InvalidValueError, "the reduction fixed divides by a normalizer; got none"),
+        (
+            {"normalizer": 3.0},
+            InvalidValueError,
+            "normalizer belongs to the reduction fixed; got normalizer with token_mean",
+        ),
+        ({"num_sequences": 3}, InvalidValueError, "num_sequences with token_mean"),
+        ({"values": torch.zeros(5), "mask": torch.ones(5)}, InvalidValueError, "L = 6; got shape [5]"),
+        (
+            {"values": torch.zeros(6, 2), "mask": torch.ones(6, 2)},
+            InvalidValueError,
+            "one number for each of this rank's 6 rows",
+        ),
         ({"reduction": "token_sum", "num_tokens": 3}, InvalidValueError, "num_tokens with token_sum"),
     ],
 )

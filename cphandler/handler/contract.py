@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsIndex, TypeAlias
@@ -494,7 +495,7 @@ class ContextParallelHandler(ABC):
     def roll_tensor(
         self,
         tensor: Tensor | None,
-        shifts: int = -1,
+        shifts: int | Sequence[int] = -1,
         dims: int = -1,
         *,
         fill_value: float = 0,
@@ -509,14 +510,16 @@ class ContextParallelHandler(ABC):
         Args:
             tensor: ``[..., L, ...]``, any dtype; None gives ``(None, None)``. With a key-padding mask the sequence and
                 the batch are the first two dims, in either order.
-            shifts: tokens to shift by; negative moves later tokens forward, as labels want it.
+            shifts: tokens to shift by; negative moves later tokens forward, as labels want it. A list or tuple of K
+                shifts gives the K results, and their sums, in a dim of their own in front, in one exchange.
             dims: dim of the sequence.
             fill_value: what rows hold that no token reaches.
             return_sum: also return the sum of the rolled tensor.
             stream: ``"q"``, or ``"kv"`` for the key stream of cross attention.
 
         Returns:
-            The rolled tensor and its sum over this rank's rows (None without ``return_sum``). Differentiable.
+            The rolled tensor and its sum over this rank's rows (None without ``return_sum``): of one shift
+            ``[..., L, ...]`` and a number, of several ``[K, ..., L, ...]`` and ``[K]``. Differentiable.
         """
 
     @abstractmethod

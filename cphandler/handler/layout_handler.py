@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_args
 
@@ -21,16 +21,8 @@ from cphandler.layouts.layout import Layout
 from cphandler.layouts.placement import LayoutSpec
 from cphandler.plan.batch_plan import BatchPlan
 from cphandler.sharding.cache import Seat, cut_batch
-from cphandler.sharding.dispatch import (
-    DispatchGrad,
-    GradMode,
-    as_movable,
-    combine_rows,
-    dispatch_rows,
-    filler,
-    restored,
-)
-from cphandler.sharding.roll import RollRoute, roll, roll_route, summed
+from cphandler.sharding.dispatch import DispatchGrad, GradMode, combine_rows, dispatch_rows, filler
+from cphandler.sharding.roll import RollRoute, checked_shifts, cleared, roll, roll_route, summed
 from cphandler.sharding.rope import Freqs, rotate
 from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.tensors import check_no_tangent, check_plain, where_rows_are
@@ -379,7 +371,7 @@ class LayoutHandler(ContextParallelHandler):
     def roll_tensor(
         self,
         tensor: Tensor | None,
-        shifts: int = -1,
+        shifts: int | Sequence[int] = -1,
         dims: int = -1,
         *,
         fill_value: float = 0,
@@ -391,8 +383,7 @@ class LayoutHandler(ContextParallelHandler):
             return None, None
 
         def check() -> int:
-            if isinstance(shifts, bool) or not isinstance(shifts, int):
-                raise InvalidTypeError("shifts must be an int", got=repr(shifts), fix="pass -1 for the next token")
+            checked_shifts(shifts)
             checked_flag("return_sum", return_sum)
             dim = self._checked_dim("roll_tensor", tensor, dims, stream, local=True)
             filler(fill_value, tensor)
@@ -400,19 +391,21 @@ class LayoutHandler(ContextParallelHandler):
             return dim
 
         def describe(dim: int) -> str:
-            return f"by {shifts} in dim {dim} of {kind_of(tensor)}"
+            return f"by {shifts if isinstance(shifts, int) else list(shifts)} in dim {dim} of {kind_of(tensor)}"
 
         dim = self.agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
         farthest = self.shards[stream].layout.num_tokens  # from there on nothing moves
-        shifts = max(-farthest, min(farthest, shifts))
-        rolled = roll(tensor, dim, self._route(stream, shifts, tensor.device), fill_value, self.ranks.name)
+        each = tuple(max(-farthest, min(farthest, shift)) for shift in checked_shifts(shifts))
+        rolled = roll(tensor, dim, self._route(stream, each, tensor.device), fill_value, self.ranks.name)
         self._consistency.watched(rolled)
         if self.shards[stream].padded_rows is not None:
-            valid = self.shards[stream].shifted_validity(shifts, rolled.device)
-            rolled = _cleared(rolled, dim, valid, fill_value)
-        return rolled, summed(rolled) if return_sum else None
+            valid = torch.stack([self.shards[stream].shifted_validity(shift, rolled.device) for shift in each])
+            rolled = cleared(rolled, dim + 1, valid, fill_value)
+        if isinstance(shifts, int):
+            return rolled[0], summed(rolled[0]) if return_sum else None
+        return rolled.contiguous(), torch.stack([summed(one) for one in rolled.unbind()]) if return_sum else None
 
-    def _route(self, stream: str, shifts: int, device: torch.device) -> RollRoute:
+    def _route(self, stream: str, shifts: tuple[int, ...], device: torch.device) -> RollRoute:
         shard = self.shards[stream]
         return shard.memo.on(("roll", shifts), device, lambda: roll_route(shard, shifts, device))
 
@@ -437,10 +430,3 @@ def _check_grad(method: str, grad: object, known: tuple[str, ...]) -> None:
             got=repr(grad),
             fix=f"choose {', '.join(known[:-1])} or {known[-1]}; {others[method]} has others",
         )
-
-
-def _cleared(rolled: Tensor, dim: int, valid: Tensor, fill_value: float) -> Tensor:
-    """Fill where the row, or the row it came from, is padding in that row of the batch."""
-    keep = valid if dim == 1 else valid.T
-    keep = keep.reshape(*keep.shape, *[1] * (rolled.dim() - 2))
-    return restored(as_movable(rolled).masked_fill(~keep, filler(fill_value, rolled)), rolled.dtype)

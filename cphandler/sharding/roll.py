@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,23 +10,28 @@ import torch
 from torch import Tensor
 
 from cphandler.comm import collectives
+from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.sharding.dispatch import as_movable, filler, restored
 from cphandler.sharding.shard import Shard, device_copy
 from cphandler.tokens.intervals import Table
 
 
 class RollRoute(NamedTuple):
-    """Which local rows a shift fills, and from where.
+    """Which rows some shifts fill, and from where.
+
+    The rows that shift i fills are numbered from ``i * L``.
 
     Attributes:
+        shifts: how many shifts.
         sources: local rows that go to other ranks, by rank, then by the row they fill.
         kept_sources: local rows that stay.
-        kept_targets: the local rows those fill.
-        targets: local rows filled by other ranks, in the order the rows arrive.
+        kept_targets: the rows those fill.
+        targets: rows filled by other ranks, in the order the rows arrive.
         send_counts: rows for each rank.
         recv_counts: rows from each rank.
     """
 
+    shifts: int
     sources: Tensor
     kept_sources: Tensor
     kept_targets: Tensor
@@ -34,31 +40,40 @@ class RollRoute(NamedTuple):
     recv_counts: list[int]
 
 
-def roll_route(shard: Shard, shift: int, device: torch.device) -> RollRoute:
-    """The route of ``rolled[t] = x[t - shift]`` inside each document; both ends of a message compute it alone.
+def roll_route(shard: Shard, shifts: tuple[int, ...], device: torch.device) -> RollRoute:
+    """The route of ``rolled[i, t] = x[t - shifts[i]]`` inside each document; both ends of a message compute it alone.
 
     A row moves where both tokens are in one document and, in a packed shard, both are real. Rows of a dense batch with
     padding all move; the caller clears those that are not real.
     """
-    held = np.flatnonzero(shard.tokens >= 0)
-    to_rank, to_row = _partner(shard, held, shift)
-    from_rank, _ = _partner(shard, held, -shift)
-    leaves, arrives = to_rank >= 0, from_rank >= 0
+    held, rows = np.flatnonzero(shard.tokens >= 0), shard.num_local_tokens
+    first = np.repeat(np.arange(len(shifts), dtype=np.int64) * rows, len(held))
+    to_rank, to_row = _partners(shard, held, shifts)
+    from_rank, _ = _partners(shard, held, tuple(-shift for shift in shifts))
+    held = np.tile(held, len(shifts))
+    filled, target = first + held, first + to_row
     rank, size = shard.rank, shard.layout.cp_size
-    stays = leaves & (to_rank == rank)
-    goes = np.flatnonzero(leaves & (to_rank != rank))
-    goes = goes[np.lexsort((to_row[goes], to_rank[goes]))]
-    comes = np.flatnonzero(arrives & (from_rank != rank))
-    comes = comes[np.lexsort((held[comes], from_rank[comes]))]
+    stays = to_rank == rank
+    goes = np.flatnonzero((to_rank >= 0) & ~stays)
+    goes = goes[np.lexsort((target[goes], to_rank[goes]))]
+    comes = np.flatnonzero((from_rank >= 0) & (from_rank != rank))
+    comes = comes[np.lexsort((filled[comes], from_rank[comes]))]
 
     return RollRoute(
+        len(shifts),
         device_copy(held[goes], device),
         device_copy(held[stays], device),
-        device_copy(to_row[stays], device),
-        device_copy(held[comes], device),
+        device_copy(target[stays], device),
+        device_copy(filled[comes], device),
         np.bincount(to_rank[goes], minlength=size).tolist(),
         np.bincount(from_rank[comes], minlength=size).tolist(),
     )
+
+
+def _partners(shard: Shard, rows: Table, distances: tuple[int, ...]) -> tuple[Table, Table]:
+    """:func:`_partner` for each distance, one after another."""
+    ranks, places = zip(*(_partner(shard, rows, distance) for distance in distances), strict=True)
+    return np.concatenate(ranks), np.concatenate(places)
 
 
 def _partner(shard: Shard, rows: Table, distance: int) -> tuple[Table, Table]:
@@ -85,9 +100,15 @@ def summed(x: Tensor) -> Tensor:
 
 
 def roll(tensor: Tensor, dim: int, route: RollRoute, fill_value: float, group_name: str) -> Tensor:
-    """Apply a route along ``dim``; rows nobody fills hold ``fill_value``. Differentiable, one batched exchange."""
+    """Apply a route along ``dim``; rows nobody fills hold ``fill_value``. Differentiable, one batched exchange.
+
+    Returns:
+        ``[shifts, ..., L, ...]``, a view where there is one shift or the sequence comes first.
+    """
     bits = as_movable(tensor)
-    rolled = bits.new_full(bits.shape, filler(fill_value, tensor))
+    rows = bits.shape[dim]
+    shape = *bits.shape[:dim], route.shifts * rows, *bits.shape[dim + 1 :]
+    rolled = bits.new_full(shape, filler(fill_value, tensor))
     rolled = rolled.index_copy(dim, route.kept_targets, bits.index_select(dim, route.kept_sources))
     if len(route.send_counts) > 1:
         collectives.connect(group_name, tensor.device)
@@ -95,4 +116,36 @@ def roll(tensor: Tensor, dim: int, route: RollRoute, fill_value: float, group_na
         sent = bits.index_select(dim, route.sources).movedim(dim, 0)
         arrived = collectives.exchange_rows(sent, route.send_counts, route.recv_counts, group_name)
         rolled = rolled.index_copy(dim, route.targets, arrived.movedim(0, dim))
-    return restored(rolled, tensor.dtype)
+    stacked: Tensor = restored(rolled, tensor.dtype).unflatten(dim, (route.shifts, rows))
+    return stacked.movedim(dim, 0)
+
+
+def cleared(rolled: Tensor, dim: int, valid: Tensor, fill_value: float) -> Tensor:
+    """Fill where the row, or the row it came from, is padding in that row of the batch.
+
+    Args:
+        rolled: ``[shifts, B, L, ...]``, or ``[shifts, L, B, ...]``.
+        dim: of the sequence, 1 or 2.
+        valid: ``[shifts, B, L]``.
+        fill_value: what goes there.
+    """
+    keep = valid if dim == 2 else valid.transpose(1, 2)
+    keep = keep.reshape(*keep.shape, *[1] * (rolled.dim() - 3))
+    return restored(as_movable(rolled).masked_fill(~keep, filler(fill_value, rolled)), rolled.dtype)
+
+
+def checked_shifts(shifts: int | Sequence[int]) -> tuple[int, ...]:
+    """Shifts by ints, one or several.
+
+    Raises:
+        InvalidTypeError: neither an int nor a list or tuple of them.
+        InvalidValueError: none at all.
+    """
+    several = tuple(shifts) if isinstance(shifts, (list, tuple)) else (shifts,)
+    if any(isinstance(shift, bool) or not isinstance(shift, int) for shift in several):
+        raise InvalidTypeError(
+            "shifts must be an int, or a list or tuple of them", got=repr(shifts), fix="pass -1 for the next token"
+        )
+    if not several:
+        raise InvalidValueError("shifts name no shift", got=repr(shifts), fix="pass -1 for the next token")
+    return several

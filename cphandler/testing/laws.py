@@ -344,6 +344,7 @@ def check_roll(case: Case) -> None:
         law = _Rolls(case, handler, stream)
         law.check_values(torch.Generator().manual_seed(seed))
         law.check_rare_dtypes(torch.Generator().manual_seed(seed))
+        law.check_several(torch.Generator().manual_seed(seed))
         law.check_gradient(torch.Generator().manual_seed(seed))
 
 
@@ -365,7 +366,7 @@ class _Rolls(NamedTuple):
         whole = rolled_reference(self.case, x, shift, dim % x.dim(), fill, documents, valid)
         return self.handler.dispatch(whole, dim, pad_value=fill, stream=self.stream)
 
-    def rolled(self, x: Tensor, shift: int, dim: int, **options: Any) -> tuple[Tensor, Tensor | None]:
+    def rolled(self, x: Tensor, shift: int | list[int], dim: int, **options: Any) -> tuple[Tensor, Tensor | None]:
         """A local tensor rolled by the handler."""
         rolled, total = self.handler.roll_tensor(x, shift, dim, stream=self.stream, **options)
         assert rolled is not None, f"roll gives nothing: {self.case}"
@@ -383,6 +384,24 @@ class _Rolls(NamedTuple):
                     assert same_bits(actual, wanted), f"roll by {shift} of {x.dtype} {list(x.shape)}: {self.case}"
                     assert total is not None, f"no sum of a roll: {self.case}"
                     assert torch.equal(total, wanted.contiguous().sum()), f"sum of a roll by {shift}: {self.case}"
+
+    def check_several(self, generator: torch.Generator) -> None:
+        """Several shifts at once are each of them, in a dim of their own in front, sums and gradients too."""
+        shifts = [-1, 3, 0, -2]
+        for x, dim in self._tensors(generator):
+            local = self.handler.dispatch(x, dim, stream=self.stream)
+            actual, totals = self.rolled(local, shifts, dim)
+            wanted = torch.stack([self.expected(x, shift, dim) for shift in shifts])
+            assert same_bits(actual, wanted), f"rolls by {shifts} of {x.dtype} {list(x.shape)}: {self.case}"
+            sums = torch.stack([one.contiguous().sum() for one in wanted])
+            assert totals is not None, f"no sums of rolls: {self.case}"
+            assert torch.equal(totals, sums), f"sums of rolls by {shifts}: {self.case}"
+        x, *grads = (torch.randn(*self.sizes, 2, generator=generator, dtype=torch.float64) for _ in range(5))
+        leaf = self.handler.dispatch(x, 1, stream=self.stream).clone().requires_grad_()
+        rolled, _ = self.rolled(leaf, shifts, 1, return_sum=False)
+        rolled.backward(torch.stack([self.handler.dispatch(grad, 1, stream=self.stream) for grad in grads]))
+        back = sum(self.expected(grad, -shift, 1) for grad, shift in zip(grads, shifts, strict=True))
+        torch.testing.assert_close(_grad(leaf), back, rtol=1e-12, atol=1e-12)
 
     def _tensors(self, generator: torch.Generator) -> Iterator[tuple[Tensor, int]]:
         """Global tensors and their sequence dims; without padding also such as have no batch dim."""

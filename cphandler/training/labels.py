@@ -12,6 +12,7 @@ from cphandler.handler.contract import ContextParallelHandler
 from cphandler.tokens.counts import checked_count
 from cphandler.tokens.documents import Offsets, checked_offsets
 from cphandler.training.arguments import check_integers, checked_handler, checked_label
+from cphandler.training.rows import check_one_per_token, real_rows
 
 IGNORED = -100
 """What ``torch.nn.functional.cross_entropy`` ignores unless told otherwise."""
@@ -42,24 +43,13 @@ def next_token_labels(
     handler, ignore_index = checked_handler(handler), checked_label(ignore_index)
     if depths is not None:
         depths = checked_count("depths", depths, least=1, fix="3 for the tokens 1, 2 and 3 ahead, None for the next")
-    if ids.dim() == 0:
-        raise InvalidValueError("ids must have rows", got="a number", fix="pass the local token numbers")
-    dim = 0 if handler.qkv_format == "sbhd" else ids.dim() - 1
-    real = _spread(handler.valid_mask, ids, dim)
-    source, labels = ids.to(torch.int64).masked_fill(~real, ignore_index), []
-    for depth in range(1, (depths or 1) + 1):
-        ahead, _ = handler.roll_tensor(source, -depth, dim, fill_value=ignore_index, return_sum=False)
-        assert ahead is not None
-        labels.append(ahead.masked_fill(~real, ignore_index))
-    return labels[0] if depths is None else torch.stack(labels)
-
-
-def _spread(valid: Tensor, ids: Tensor, dim: int) -> Tensor:
-    """A mask ``[L]`` or ``[B, L]`` in the shape of ids."""
-    valid = valid.to(ids.device)
-    if valid.dim() == 2:
-        return valid.t() if dim == 0 else valid
-    return valid.expand_as(ids) if dim == ids.dim() - 1 else valid.unsqueeze(1).expand_as(ids)
+    dim = check_one_per_token("ids", ids, handler)
+    real = real_rows(handler, ids, dim)
+    source = ids.to(torch.int64).masked_fill(~real, ignore_index)
+    shifts = -1 if depths is None else [-depth for depth in range(1, depths + 1)]
+    ahead, _ = handler.roll_tensor(source, shifts, dim, fill_value=ignore_index, return_sum=False)
+    assert ahead is not None
+    return ahead.masked_fill(~real, ignore_index)
 
 
 def shift_labels(

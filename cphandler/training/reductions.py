@@ -5,7 +5,6 @@ from __future__ import annotations
 from reprlib import repr as short_repr
 from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from cphandler.handler.contract import ContextParallelHandler
 from cphandler.precision import ATTENTION_DTYPES, accumulator_dtype
 from cphandler.training.arguments import INTEGERS, check_floats, check_rows, checked_divisor, checked_handler
 from cphandler.training.log_probs import token_log_probs
+from cphandler.training.rows import check_one_per_token, real_rows, sequence_numbers
 
 Reduction: TypeAlias = Literal[
     "token_mean", "token_sum", "sequence_mean_of_token_mean", "sequence_mean_of_token_sum", "fixed"
@@ -71,14 +71,16 @@ def reduce_token_loss(
     reduction: Reduction = "token_mean",
     normalizer: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
     group: GroupSource = None,
 ) -> Tensor:
     """One loss from per-token values: the whole batch's on every rank, with this rank's part of the gradient.
 
     Parameter gradients are to be summed over the ranks of the context-parallel group and of ``group``; dividing by a
     rank's own tokens, or averaging ranks' means, is wrong wherever ranks hold other numbers of them. A sequence's
-    denominator counts all its tokens, also those on other ranks. Values under a zero of the mask count as 0 whatever
-    they hold, and their gradients exist and are 0; with no tokens at all the loss is 0.
+    denominator counts all its tokens, also those on other ranks. Padding never counts, whatever the mask says. Values
+    under a zero of the mask count as 0 whatever they hold, and their gradients exist and are 0; with no tokens at all
+    the loss is 0.
 
     Args:
         values: local, ``[L]`` or ``[1, L]`` packed, else the batch's rows as ``dispatch`` gave them; differentiable.
@@ -90,6 +92,7 @@ def reduce_token_loss(
         normalizer: what ``"fixed"`` divides by.
         num_tokens: what ``"token_mean"`` divides by in place of this batch's tokens: those of all micro-batches of a
             step, so that accumulated gradients are the step's.
+        num_sequences: the same for the means over sequences: how many with a token that counts the step has.
         group: the data-parallel group, for a mean over all its batches.
 
     Returns:
@@ -100,18 +103,23 @@ def reduce_token_loss(
         InvalidValueError: shapes that do not fit, an unknown reduction, a divisor that is missing or not asked for.
     """
     handler = checked_handler(handler)
-    _check(values, mask, reduction, normalizer, num_tokens)
-    kept = values.to(accumulator_dtype(values.dtype)).masked_fill(mask == 0, 0.0)
-    weights = mask.to(kept.dtype)
+    _check(
+        values, mask, reduction, {"normalizer": normalizer, "num_tokens": num_tokens, "num_sequences": num_sequences}
+    )
+    real = real_rows(handler, values, check_one_per_token("values", values, handler))
+    weights = mask.to(accumulator_dtype(values.dtype)).masked_fill(~real, 0.0)
+    kept = values.to(weights.dtype).masked_fill(weights == 0, 0.0)
     if reduction.startswith("sequence"):
-        return _over_sequences(kept * weights, weights, handler, reduction, group)
+        total, count = _over_sequences(kept * weights, weights, handler, reduction, group).unbind()
+        return _divided(total, count if num_sequences is None else num_sequences)
     sums = torch.stack([(kept * weights).sum(), weights.sum()])
     total, count = sum_over_tokens(sums, handler, group=group).unbind()
     if reduction == "token_sum":
         return total
-    divisor = normalizer if reduction == "fixed" else count.detach() if num_tokens is None else num_tokens
-    divisor = torch.as_tensor(divisor, dtype=total.dtype, device=total.device)
-    return total / divisor.masked_fill(divisor == 0, 1.0)
+    if reduction == "fixed":
+        assert normalizer is not None
+        return _divided(total, normalizer)
+    return _divided(total, count if num_tokens is None else num_tokens)
 
 
 def language_model_loss(
@@ -122,6 +130,7 @@ def language_model_loss(
     reduction: Reduction = "token_mean",
     normalizer: float | Tensor | None = None,
     num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
     group: GroupSource = None,
     **options: Any,
 ) -> Tensor:
@@ -134,20 +143,28 @@ def language_model_loss(
         reduction: over tokens and sequences.
         normalizer: see :func:`reduce_token_loss`.
         num_tokens: see :func:`reduce_token_loss`.
+        num_sequences: see :func:`reduce_token_loss`.
         group: the data-parallel group.
         **options: of :func:`token_log_probs`: ``temperature``, ``chunk_size``, ``tp_group``, ``vocab_size``, ``exact``.
     """
     values = token_log_probs(logits, labels, **options)
     if not isinstance(values, Tensor):
         raise InvalidTypeError("a loss is one number", got="return_entropy or return_top1", fix="call token_log_probs")
-    divisors: dict[str, Any] = {"normalizer": normalizer, "num_tokens": num_tokens}
+    divisors: dict[str, Any] = {"normalizer": normalizer, "num_tokens": num_tokens, "num_sequences": num_sequences}
     return reduce_token_loss(-values, labels >= 0, handler, reduction=reduction, group=group, **divisors)
+
+
+def _divided(total: Tensor, divisor: float | Tensor) -> Tensor:
+    """A quotient without a gradient of what divides; 0 of 0 is 0."""
+    by = torch.as_tensor(divisor, dtype=total.dtype, device=total.device).detach().reshape(())
+    return total / by.masked_fill(by == 0, 1.0)
 
 
 def _over_sequences(
     values: Tensor, weights: Tensor, handler: ContextParallelHandler, reduction: str, group: GroupSource
 ) -> Tensor:
-    sequence, number = _sequences(values, handler)
+    """The sum over sequences, and how many have a token that counts."""
+    sequence, number = sequence_numbers(values, handler)
     sums = values.new_zeros(2, number).index_add(1, sequence, torch.stack([values.flatten(), weights.flatten()]))
     totals, counts = sum_over_tokens(sums, handler).unbind()
     counts = counts.detach()
@@ -157,24 +174,18 @@ def _over_sequences(
     own = torch.stack([totals.sum(), present.sum().to(totals.dtype)])
     if group is not None:
         own = _Everyone.apply(own, (resolve_group(group).name,))  # type: ignore[no-untyped-call]
-    total, sequences = own.unbind()
-    return total / sequences.detach().clamp_min(1.0)
+    return own
 
 
-def _sequences(values: Tensor, handler: ContextParallelHandler) -> tuple[Tensor, int]:
-    """Of each local value the number of its sequence, and how many there are in the batch."""
-    if handler.qkv_format == "thd":
-        documents = handler.documents
-        numbers = torch.from_numpy(documents.document_of(np.arange(documents.num_tokens)))
-        local = handler.dispatch(numbers, 0, pad_value=0)
-        return local.to(values.device).expand(values.shape).reshape(-1), max(1, documents.num_documents)
-    batch_dim = 1 if handler.qkv_format == "sbhd" else 0
-    rows = torch.arange(values.shape[batch_dim], device=values.device)
-    shape = (1, -1) if batch_dim else (-1, 1)
-    return rows.view(shape).expand(values.shape).reshape(-1), values.shape[batch_dim]
+DIVISORS = {
+    "normalizer": ("fixed",),
+    "num_tokens": ("token_mean",),
+    "num_sequences": ("sequence_mean_of_token_mean", "sequence_mean_of_token_sum"),
+}
+"""Which reductions each divisor is for."""
 
 
-def _check(values: Tensor, mask: Tensor, reduction: str, normalizer: object, num_tokens: object) -> None:
+def _check(values: Tensor, mask: Tensor, reduction: str, divisors: dict[str, float | Tensor | None]) -> None:
     check_floats("values", values)
     check_rows("mask", mask, (torch.bool, *ATTENTION_DTYPES, *INTEGERS), "bool or numbers")
     if mask.shape != values.shape:
@@ -185,18 +196,14 @@ def _check(values: Tensor, mask: Tensor, reduction: str, normalizer: object, num
         )
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise InvalidValueError("unknown reduction", got=short_repr(reduction), fix=f"choose {', '.join(REDUCTIONS)}")
-    if (normalizer is not None) != (reduction == "fixed"):
-        raise InvalidValueError(
-            "normalizer belongs to the reduction fixed",
-            got=f"normalizer {short_repr(normalizer)} with {reduction}",
-            fix='pass both, or num_tokens= with "token_mean"',
-        )
-    if num_tokens is not None and reduction != "token_mean":
-        raise InvalidValueError(
-            "num_tokens belongs to the reduction token_mean",
-            got=f"num_tokens with {reduction}",
-            fix='"fixed" with normalizer= divides a sum',
-        )
-    for name, divisor in (("normalizer", normalizer), ("num_tokens", num_tokens)):
+    for name, divisor in divisors.items():
+        if divisor is not None and reduction not in DIVISORS[name]:
+            raise InvalidValueError(
+                f"{name} belongs to the reduction {' or '.join(DIVISORS[name])}",
+                got=f"{name} with {reduction}",
+                fix=f"choose that, or leave {name} out",
+            )
         if divisor is not None:
             checked_divisor(name, divisor)
+    if reduction == "fixed" and divisors["normalizer"] is None:
+        raise InvalidValueError("the reduction fixed divides by a normalizer", got="none", fix="pass normalizer=")
