@@ -382,6 +382,62 @@ ROWS: dict[str, Row] = {
         },
         {"normalizer": DIVISORS | IN_TENSORS, "group": {"None"}},
     ),
+    "gather_tokens": Row(
+        cphandler.gather_tokens,
+        lambda: {"values": heads(), "handler": HANDLER, "nested": False, "padding_value": 0, "grad": "sum"},
+        {"values": MOVABLE, "nested": {"False"}, "padding_value": {"None", *FILLERS}},
+    ),
+    "scatter_tokens": Row(
+        cphandler.scatter_tokens,
+        lambda: {"values": heads(), "handler": HANDLER, "padded": False, "pad_value": 0, "grad": "partial"},
+        {"values": MOVABLE, "padded": {"False"}, "pad_value": FILLERS},
+    ),
+    "gather_last_tokens": Row(
+        cphandler.gather_last_tokens,
+        lambda: {"values": torch.zeros(12), "handler": HANDLER, "mask": torch.ones(12)},
+        {"mask": {"None"}},
+    ),
+    "scatter_last_tokens": Row(
+        cphandler.scatter_last_tokens,
+        lambda: {"scalars": torch.zeros(2), "handler": HANDLER, "mask": torch.ones(12)},
+        {"mask": {"None"}},
+    ),
+    "loss_scale": Row(
+        cphandler.loss_scale,
+        lambda: {"convention": "megatron", "handler": HANDLER, "group": None, "num_micro_batches": 2},
+        {"num_micro_batches": {"one", "five"}, "group": {"None"}},
+    ),
+    "token_count": Row(
+        cphandler.token_count,
+        lambda: {"labels_or_mask": torch.zeros(12, dtype=torch.int64), "handler": HANDLER, "group": None},
+        {"group": {"None"}},
+    ),
+    "token_mean": Row(
+        cphandler.token_mean,
+        lambda: {"values": torch.zeros(12), "mask": torch.ones(12), "handler": HANDLER, "group": None},
+        {"group": {"None"}},
+    ),
+    "token_accuracy": Row(
+        cphandler.token_accuracy,
+        lambda: {
+            "predictions": torch.zeros(12, dtype=torch.int64),
+            "labels": torch.zeros(12, dtype=torch.int64),
+            "handler": HANDLER,
+            "group": None,
+        },
+        {"group": {"None"}},
+    ),
+    "token_histogram": Row(
+        cphandler.token_histogram,
+        lambda: {
+            "values": torch.zeros(12),
+            "mask": torch.ones(12),
+            "handler": HANDLER,
+            "edges": [0, 1],
+            "group": None,
+        },
+        {"edges": {"a list"}, "group": {"None"}},
+    ),
     "sum_over_tokens": Row(
         cphandler.sum_over_tokens,
         lambda: {"values": torch.zeros(3), "handler": HANDLER, "group": None},

@@ -17,6 +17,9 @@ from cphandler.tensors import check_plain
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """Dtypes of token numbers."""
 
+MASKS = (torch.bool, *ATTENTION_DTYPES, *INTEGERS)
+"""Dtypes of what says which tokens count."""
+
 
 def checked_handler(handler: object) -> ContextParallelHandler:
     """A handler that is one.

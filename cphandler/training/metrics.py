@@ -11,8 +11,7 @@ from cphandler.comm.collectives import all_gather
 from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.precision import ATTENTION_DTYPES
-from cphandler.training.arguments import INTEGERS, check_floats, check_integers, check_rows, checked_handler
+from cphandler.training.arguments import INTEGERS, MASKS, check_floats, check_integers, check_rows, checked_handler
 from cphandler.training.rows import check_one_per_token, real_rows
 
 
@@ -54,7 +53,7 @@ def token_mean(values: Tensor, mask: Tensor, handler: ContextParallelHandler, gr
         InvalidValueError: rows that are not this rank's, shapes that differ.
     """
     check_floats("values", values)
-    check_rows("mask", mask, (torch.bool, *ATTENTION_DTYPES, *INTEGERS), "bool or numbers")
+    check_rows("mask", mask, MASKS, "bool or numbers")
     _check_alike("mask", mask, "values", values)
     weights = _counted(mask != 0, handler) * mask.to(torch.float64)
     kept = values.to(torch.float64).masked_fill(weights == 0, 0.0)
@@ -117,7 +116,7 @@ def token_histogram(
         InvalidValueError: rows that are not this rank's, shapes that differ, edges that do not ascend.
     """
     check_floats("values", values)
-    check_rows("mask", mask, (torch.bool, *ATTENTION_DTYPES, *INTEGERS), "bool or numbers")
+    check_rows("mask", mask, MASKS, "bool or numbers")
     _check_alike("mask", mask, "values", values)
     bounds = _checked_edges(edges).to(values.device)
     exact = values.to(torch.float64)
@@ -154,7 +153,8 @@ def _check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:
 
 def _checked_edges(edges: Sequence[float] | Tensor) -> Tensor:
     try:
-        bounds = torch.as_tensor(edges, dtype=torch.float64).detach().cpu()
+        given = torch.as_tensor(edges).detach().cpu()
+        bounds = given.to(torch.float64) if not given.is_complex() else given.new_empty(0, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InvalidTypeError("edges must be numbers", got=type(edges).__name__, fix="[0, .5, 1], say") from error
     if bounds.dim() != 1 or len(bounds) < 2 or not bool((bounds[1:] > bounds[:-1]).all()):

@@ -12,8 +12,8 @@ from cphandler.comm.collectives import all_gather
 from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.precision import ATTENTION_DTYPES, accumulator_dtype
-from cphandler.training.arguments import INTEGERS, check_floats, check_rows, checked_divisor, checked_handler
+from cphandler.precision import accumulator_dtype
+from cphandler.training.arguments import MASKS, check_floats, check_rows, checked_divisor, checked_handler
 from cphandler.training.log_probs import token_log_probs
 from cphandler.training.rows import check_one_per_token, real_rows, sequence_numbers
 
@@ -187,7 +187,7 @@ DIVISORS = {
 
 def _check(values: Tensor, mask: Tensor, reduction: str, divisors: dict[str, float | Tensor | None]) -> None:
     check_floats("values", values)
-    check_rows("mask", mask, (torch.bool, *ATTENTION_DTYPES, *INTEGERS), "bool or numbers")
+    check_rows("mask", mask, MASKS, "bool or numbers")
     if mask.shape != values.shape:
         raise InvalidValueError(
             "mask must have the shape of the values",

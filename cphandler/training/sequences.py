@@ -9,14 +9,13 @@ from torch import Tensor
 from cphandler.comm.collectives import all_gather
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.precision import ATTENTION_DTYPES
-from cphandler.sharding.dispatch import DispatchGrad, GradMode, filler
+from cphandler.sharding.dispatch import DispatchGrad, GradMode, as_movable, filler, restored
 from cphandler.sharding.shard import device_copy
 from cphandler.tensors import check_plain
 from cphandler.tokens.counts import checked_flag
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags, Table
-from cphandler.training.arguments import INTEGERS, check_floats, check_rows, checked_handler
+from cphandler.training.arguments import MASKS, check_floats, check_rows, checked_handler
 from cphandler.training.reductions import sum_over_tokens
 from cphandler.training.rows import check_one_per_token, real_rows, rows_dim, sequence_numbers, sequence_places
 
@@ -70,8 +69,8 @@ def gather_tokens(
         return packed
     places = device_copy(_padded_places(lengths), whole.device)
     longest = int(lengths.max(initial=0))
-    padded = packed.new_full((len(lengths) * longest, *packed.shape[1:]), padding_value)
-    filled: Tensor = padded.index_copy(0, places, packed).unflatten(0, (len(lengths), longest))
+    rows: Tensor = _spread(packed, len(lengths) * longest, places, padding_value)
+    filled: Tensor = rows.unflatten(0, (len(lengths), longest))
     return filled
 
 
@@ -124,8 +123,7 @@ def scatter_tokens(
         )
     documents = handler.documents
     if wanted != documents.num_tokens:
-        physical = packed.new_full((documents.num_tokens, *packed.shape[1:]), pad_value)
-        packed = physical.index_copy(0, device_copy(_real_tokens(documents), packed.device), packed)
+        packed = _spread(packed, documents.num_tokens, device_copy(_real_tokens(documents), packed.device), pad_value)
     return handler.dispatch(packed, 0, pad_value=pad_value, grad=grad)
 
 
@@ -164,6 +162,8 @@ def scatter_last_tokens(scalars: Tensor, handler: ContextParallelHandler, mask: 
     """
     _check_tensor("scalars", scalars)
     handler = checked_handler(handler)
+    if mask is not None:
+        check_rows("mask", mask, MASKS, "bool or numbers")
     like = _any_rows(handler, scalars) if mask is None else mask
     owned, sequence, number = _last_rows(like, handler, mask)
     if scalars.shape != (number,):
@@ -189,7 +189,7 @@ def _last_rows(values: Tensor, handler: ContextParallelHandler, mask: Tensor | N
     """Which local rows are the last of their sequence among those that count, each row's sequence, and their number."""
     real = real_rows(handler, values, check_one_per_token("values", values, handler))
     if mask is not None:
-        check_rows("mask", mask, (torch.bool, *ATTENTION_DTYPES, *INTEGERS), "bool or numbers")
+        check_rows("mask", mask, MASKS, "bool or numbers")
         if mask.shape != values.shape:
             raise InvalidValueError(
                 "mask must have the shape of the values",
@@ -216,7 +216,15 @@ def _dense(whole: Tensor, dim: int, handler: ContextParallelHandler, padding_val
     if real.all():
         return whole
     keep = device_copy(real if dim == 1 else real.T, whole.device)
-    return whole.masked_fill(~keep.view(*keep.shape, *[1] * (whole.dim() - 2)), padding_value)
+    padding = ~keep.view(*keep.shape, *[1] * (whole.dim() - 2))
+    return restored(as_movable(whole).masked_fill(padding, filler(padding_value, whole)), whole.dtype)
+
+
+def _spread(rows: Tensor, count: int, places: Tensor, fill_value: float) -> Tensor:
+    """``count`` rows, some of which are these, others filled."""
+    bits = as_movable(rows)
+    others = bits.new_full((count, *bits.shape[1:]), filler(fill_value, rows))
+    return restored(others.index_copy(0, places, bits), rows.dtype)
 
 
 def _real_of_dense(handler: ContextParallelHandler, batch: int) -> Flags:
