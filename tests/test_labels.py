@@ -136,8 +136,9 @@ def test_offsets_that_end_early() -> None:
         shift_labels(torch.arange(6), [0, 4])
 
 
-def test_the_page() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 3
+@pytest.mark.parametrize(("page", "least"), [("training.md", 7), ("rl.md", 4)])
+def test_the_pages(page: str, least: int) -> None:
+    text = (Path(__file__).parent.parent / "docs" / page).read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) >= least
     exec("\n".join(blocks), {})
