@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.waits import record_waits
 from cphandler import get_cp_handler_cls, record_traffic
 from cphandler.demo.model import GPT
-from cphandler.demo.training import RunSettings, flat, training_step
+from cphandler.demo.step import training_step
+from cphandler.demo.training import RunSettings, flat
 from cphandler.errors import InvalidValueError
 from cphandler.testing import RankPool, relative_error
 

@@ -6,10 +6,10 @@ import gc
 import os
 import sys
 import traceback
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cphandler import get_cp_handler_cls
 from cphandler.demo.corpus import packed_batches
+from cphandler.demo.model import GPTConfig
 from cphandler.demo.pulse import Pulse
 from cphandler.demo.report import Comparison, compare, print_table, write_json, write_plot
-from cphandler.demo.training import RunResult, RunSettings, train
+from cphandler.demo.training import ALONE, RunResult, RunSettings, train
 from cphandler.errors import InvalidValueError
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.testing import RankPool, partition_group
+from cphandler.training.reductions import REDUCTIONS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Groups: TypeAlias = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]
+"""A context-parallel and a data-parallel group."""
+
+LOSSES = [name for name in REDUCTIONS if name != "token_sum"]
+"""Reductions whose size does not grow with the batch, so that limits mean the same for all."""
 
 RUN_LIMIT = 24 * 3600.0
 """Seconds one run may take before its ranks are ended."""
@@ -46,6 +54,16 @@ def demo(
     layout: Annotated[
         list[str] | None, typer.Option(help="Layout; repeat for several. Else the backend's own.")
     ] = None,
+    dp: Annotated[int, typer.Option(help="Data-parallel groups, each with a batch of its own in a step.", min=1)] = 1,
+    mtp_depth: Annotated[int, typer.Option(help="Further tokens that are predicted too.", min=0)] = 0,
+    loss: Annotated[str, typer.Option(help=f"Reduction: {', '.join(LOSSES)}.")] = "token_mean",
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard parameters over all ranks (FSDP2).")] = False,
+    compile_: Annotated[
+        str | None, typer.Option("--compile", help="torch.compile each layer by a backend: inductor, aot_eager.")
+    ] = None,
+    rl: Annotated[
+        bool, typer.Option("--rl", help="Also score the first batch, and compare log-probabilities.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the JSON file.")] = Path("demo_output"),
 ) -> None:
     """Train a small GPT on packed real documents on one rank, then under context parallelism, and compare.
@@ -54,54 +72,82 @@ def demo(
     uses the ranks it is given, with NCCL on GPUs and gloo otherwise. Exits with 1 if a run differs from one rank.
     """
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    sizes = [int(os.environ["WORLD_SIZE"])] if distributed else (cp_size or [2, 4])
+    sizes = [int(os.environ["WORLD_SIZE"]) // dp] if distributed else (cp_size or [2, 4])
     layouts: list[str | None] = [*layout] if layout else [None]
+    common: dict[str, Any] = {
+        "model": GPTConfig(mtp_depth=mtp_depth),
+        "batches_per_step": dp,
+        "reduction": loss,
+        "fsdp": fsdp,
+        "compile": compile_,
+        "score": rl,
+    }
     wanted = [
-        RunSettings(backend=name, cp_comm_type=cp_comm_type, cp_size=size, layout=placed, dtype=dtype)
+        RunSettings(backend=name, cp_comm_type=cp_comm_type, cp_size=size, layout=placed, dtype=dtype, **common)
         for size in sizes
         for name in (backend or ["ulysses", "ring"])
         for placed in layouts
     ]
-    check(wanted, dtype, cp_size if distributed else None)
+    check(wanted[0], loss, dp if distributed else 1)
+    for settings in wanted:
+        check_names(settings, cp_size if distributed else None)
     launcher = TorchrunRanks() if distributed else LocalRanks()
     console = Console(quiet=not launcher.is_first)
     comparisons: list[Comparison] = []
     kinds = [(dtype, steps)] + ([("float64", exact_steps)] if exact_steps and dtype != "float64" else [])
     with launcher:
         for kind, count in kinds:
-            console.print(f"{count} steps of {seq_len:,} tokens in {kind}, one thread a rank on CPUs")
-            batches = packed_batches(count, seq_len, longest) if launcher.is_first else []
+            each = f"{dp} x {seq_len:,}" if dp > 1 else f"{seq_len:,}"
+            console.print(f"{count} steps of {each} tokens in {kind}, one thread a rank on CPUs")
+            batches = packed_batches(count * dp, seq_len, longest) if launcher.is_first else []
             runs = [replace(settings, dtype=kind) for settings in wanted]
             comparisons += compare_runs(launcher, runs, batches)
     if launcher.is_first:
-        show(console, comparisons, output, {"seq_len": seq_len, "steps": steps, "exact_steps": exact_steps})
+        arguments = {"seq_len": seq_len, "steps": steps, "exact_steps": exact_steps, "dp": dp, **asdict(wanted[0])}
+        show(console, comparisons, output, arguments)
     if not all(row.agrees for row in comparisons):
         raise typer.Exit(1)
 
 
-def check(wanted: list[RunSettings], dtype: str, cp_size: list[int] | None) -> None:
-    """Refuse what cannot run before any rank starts.
+def check(settings: RunSettings, loss: str, dp: int) -> None:
+    """Refuse settings that no run can have, before any rank starts.
 
     Raises:
-        InvalidValueError: an unknown backend, layout or dtype, or a cp size that is not torchrun's.
+        InvalidValueError: an unknown dtype, reduction or compiler, or ranks that the data-parallel groups do not share.
     """
-    for settings in wanted:
-        get_cp_handler_cls(settings.backend, settings.cp_comm_type)
-        if settings.layout is not None and settings.layout.lower().replace("-", "_") not in LAYOUTS:
-            raise InvalidValueError(
-                "unknown layout", got=repr(settings.layout), fix=f"choose one of {', '.join(LAYOUTS)}"
-            )
-    if dtype not in ("float32", "float64", "bfloat16"):
-        raise InvalidValueError("unknown dtype", got=repr(dtype), fix="choose float32, float64 or bfloat16")
-    if cp_size is not None and cp_size != [int(os.environ["WORLD_SIZE"])]:
+    for name, value, known in (
+        ("dtype", settings.dtype, ("float32", "float64", "bfloat16")),
+        ("loss", loss, LOSSES),
+        ("backend of torch.compile", settings.compile or "inductor", torch.compiler.list_backends(exclude_tags=())),
+    ):
+        if value not in known:
+            raise InvalidValueError(f"unknown {name}", got=repr(value), fix=f"choose one of {', '.join(known)}")
+    if dp > 1 and int(os.environ["WORLD_SIZE"]) % dp:
         raise InvalidValueError(
-            "under torchrun the cp size is the number of ranks", got=cp_size, fix="leave --cp-size out"
+            "data-parallel groups must have the same number of ranks",
+            got=f"--dp {dp} and {os.environ['WORLD_SIZE']} ranks",
+            fix="choose a --dp that divides them",
+        )
+
+
+def check_names(settings: RunSettings, cp_size: list[int] | None) -> None:
+    """Refuse a run that cannot be, before any rank starts.
+
+    Raises:
+        InvalidValueError: an unknown backend or layout, or a cp size that is not torchrun's.
+    """
+    get_cp_handler_cls(settings.backend, settings.cp_comm_type)
+    if settings.layout is not None and settings.layout.lower().replace("-", "_") not in LAYOUTS:
+        raise InvalidValueError("unknown layout", got=repr(settings.layout), fix=f"choose one of {', '.join(LAYOUTS)}")
+    if cp_size is not None and cp_size != [settings.cp_size]:
+        raise InvalidValueError(
+            "under torchrun the cp size is the number of ranks over --dp", got=cp_size, fix="leave --cp-size out"
         )
 
 
 def compare_runs(launcher: Any, runs: list[RunSettings], batches: list[dict[str, Any]]) -> list[Comparison]:
     """The one-rank run, then each of the others beside it."""
-    alone = RunSettings(dtype=runs[0].dtype)
+    alone = replace(runs[0], backend="local", cp_comm_type=None, cp_size=1, layout=None, fsdp=False, compile=None)
     reference = launcher.run(alone, batches)
     comparisons = [compare(alone, reference, None)] if launcher.is_first else []
     for settings in runs:
@@ -120,20 +166,35 @@ def show(console: Console, comparisons: list[Comparison], output: Path, argument
     console.print(f"wrote {output / 'demo.png'} and {output / 'demo.json'}")
 
 
-def train_with_progress(
-    settings: RunSettings, batches: list[dict[str, Any]], group: dist.ProcessGroup | None, device: str
-) -> RunResult:
+def train_with_progress(settings: RunSettings, batches: list[dict[str, Any]], groups: Groups, device: str) -> RunResult:
     """Train; the first rank shows a progress bar."""
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=dist.get_rank() != 0) as progress:
-        task = progress.add_task(f"{settings.name} {settings.layout or ''}", total=len(batches))
-        return train(settings, batches, group=group, device=device, on_step=lambda: progress.advance(task))
+        task = progress.add_task(
+            f"{settings.name} {settings.layout or ''}", total=len(batches) // settings.batches_per_step
+        )
+        group, data_group = groups
+        return train(
+            settings,
+            batches,
+            group=group,
+            data_group=data_group,
+            device=device,
+            on_step=lambda: progress.advance(task),
+        )
 
 
 def train_on_pool(settings: RunSettings, batches: list[dict[str, Any]]) -> RunResult:
     """A run on all ranks of a pool."""
-    group = partition_group([range(settings.cp_size)]) if settings.cp_size > 1 else None
-    return train_with_progress(settings, batches, group, "cpu")
+    return train_with_progress(settings, batches, groups_of(settings), "cpu")
+
+
+def groups_of(settings: RunSettings) -> Groups:
+    """This rank's context-parallel and data-parallel group, neighbours in the first; None for those of one rank."""
+    cp, world = settings.cp_size, dist.get_world_size()
+    context = [range(start, start + cp) for start in range(0, world, cp)]
+    data = [range(place, world, cp) for place in range(cp)]
+    return partition_group(context) if cp > 1 else None, partition_group(data) if world > cp else None
 
 
 class LocalRanks:
@@ -153,7 +214,8 @@ class LocalRanks:
 
     def run(self, settings: RunSettings, batches: list[dict[str, Any]]) -> list[RunResult]:
         """Every rank's result."""
-        pool = self._pools.setdefault(settings.cp_size, RankPool(settings.cp_size))
+        ranks = settings.cp_size * (1 if settings.name == ALONE else settings.batches_per_step)
+        pool = self._pools.setdefault(ranks, RankPool(ranks))
         return pool.run(train_on_pool, settings, batches, timeout=RUN_LIMIT)
 
 
@@ -196,14 +258,14 @@ class TorchrunRanks:
 
     def run(self, settings: RunSettings, batches: list[dict[str, Any]]) -> list[RunResult]:
         """Every rank's result on the first rank; the first rank's documents are everyone's."""
-        if settings.cp_size == 1 and dist.get_world_size() > 1:
-            results = [train_with_progress(settings, batches, None, self._device)] if self.is_first else []
+        if settings.name == ALONE and dist.get_world_size() > 1:
+            alone = None, None
+            results = [train_with_progress(settings, batches, alone, self._device)] if self.is_first else []
             dist.barrier()
             return results
         shared = [batches]
         dist.broadcast_object_list(shared, src=0)
-        group = dist.group.WORLD if settings.cp_size > 1 else None
-        result = train_with_progress(settings, shared[0], group, self._device)
+        result = train_with_progress(settings, shared[0], groups_of(settings), self._device)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, result)
         return gathered

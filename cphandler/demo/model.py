@@ -15,7 +15,7 @@ from cphandler import ContextParallelHandler, CoreAttention
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of the model."""
+    """Sizes of the model; ``mtp_depth`` more layers predict as many further tokens."""
 
     vocabulary: int = 256
     layers: int = 4
@@ -24,6 +24,7 @@ class GPTConfig:
     kv_heads: int = 4
     hidden: int = 352
     rope_base: float = 10000.0
+    mtp_depth: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -86,6 +87,23 @@ class Layer(nn.Module):
         return result
 
 
+class FurtherToken(nn.Module):
+    """One depth of multi-token prediction (DeepSeek-V3, section 2.2): what is known of a row, and the token ahead."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.state_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.token_norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.joined = nn.Linear(2 * config.width, config.width, bias=False)
+        self.layer = Layer(config)
+
+    def forward(self, x: Tensor, ahead: Tensor, freqs: Tensor, cp_handler: ContextParallelHandler) -> Tensor:
+        """``[T, width]`` and the embeddings of the tokens ahead to ``[T, width]``."""
+        both = torch.cat([self.state_norm(x), self.token_norm(ahead)], dim=-1)
+        result: Tensor = self.layer(self.joined(both), freqs, cp_handler)
+        return result
+
+
 class GPT(nn.Module):
     """A decoder over bytes."""
 
@@ -96,6 +114,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.further = nn.ModuleList(FurtherToken(config) for _ in range(config.mtp_depth))
 
     def rotary(self, rows: int, device: torch.device) -> Tensor:
         """``[rows, D]`` angles of positions 0 to rows - 1, both halves."""
@@ -104,12 +123,27 @@ class GPT(nn.Module):
         angles = torch.arange(rows, device=device, dtype=torch.float64)[:, None] * inverse_frequencies
         return torch.cat([angles, angles], dim=-1)
 
-    def forward(self, tokens: Tensor, cp_handler: ContextParallelHandler) -> Tensor:
-        """Local tokens ``[T]`` to local logits ``[T, vocabulary]``."""
+    def forward(self, tokens: Tensor, cp_handler: ContextParallelHandler, labels: Tensor | None = None) -> Tensor:
+        """Local tokens ``[T]`` to local logits.
+
+        Args:
+            tokens: ``[T]``.
+            cp_handler: the batch's.
+            labels: ``[1 + depths, T]`` the tokens ahead, for the further depths.
+
+        Returns:
+            ``[T, vocabulary]``, or with labels ``[1 + depths, T, vocabulary]``.
+        """
         x = self.embedding(tokens)
         table = self.rotary(cp_handler.get_rotary_seq_len(), x.device)
         freqs = cp_handler.get_emb_on_this_cp_rank(table)
         for layer in self.layers:
             x = layer(x, freqs, cp_handler)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        if labels is None:
+            logits: Tensor = self.head(self.norm(x))
+            return logits
+        states = [x]
+        for depth, predicted in zip(self.further, labels, strict=False):
+            ahead = self.embedding(predicted.clamp(min=0)) * (predicted >= 0).unsqueeze(-1)
+            states.append(depth(states[-1], ahead, freqs, cp_handler))
+        return torch.stack([self.head(self.norm(state)) for state in states])
