@@ -73,6 +73,8 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.training.log_probs import TokenLogProbs as TokenLogProbs
     from cphandler.training.log_probs import token_log_probs as token_log_probs
     from cphandler.training.losses import connect_zero_loss as connect_zero_loss
+    from cphandler.training.meshes import CPMesh as CPMesh
+    from cphandler.training.meshes import cp_mesh as cp_mesh
     from cphandler.training.reductions import language_model_loss as language_model_loss
     from cphandler.training.reductions import reduce_token_loss as reduce_token_loss
     from cphandler.training.reductions import sum_over_tokens as sum_over_tokens
@@ -97,6 +99,7 @@ _MODULES: dict[str, str] = {
     "BlockCausal": "tokens.masks",
     "CPConfig": "config",
     "CPError": "errors",
+    "CPMesh": "training.meshes",
     "Capabilities": "attention.capabilities",
     "Causal": "tokens.masks",
     "Chunked": "tokens.masks",
@@ -136,6 +139,7 @@ _MODULES: dict[str, str] = {
     "sum_over_tokens": "training.reductions",
     "shift_labels": "training.labels",
     "token_log_probs": "training.log_probs",
+    "cp_mesh": "training.meshes",
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",
