@@ -73,6 +73,8 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.training.log_probs import TokenLogProbs as TokenLogProbs
     from cphandler.training.log_probs import token_log_probs as token_log_probs
     from cphandler.training.losses import connect_zero_loss as connect_zero_loss
+    from cphandler.training.meshes import CPMesh as CPMesh
+    from cphandler.training.meshes import cp_mesh as cp_mesh
     from cphandler.training.metrics import token_accuracy as token_accuracy
     from cphandler.training.metrics import token_count as token_count
     from cphandler.training.metrics import token_histogram as token_histogram
@@ -106,6 +108,7 @@ _MODULES: dict[str, str] = {
     "BlockCausal": "tokens.masks",
     "CPConfig": "config",
     "CPError": "errors",
+    "CPMesh": "training.meshes",
     "Capabilities": "attention.capabilities",
     "Causal": "tokens.masks",
     "Chunked": "tokens.masks",
@@ -154,6 +157,7 @@ _MODULES: dict[str, str] = {
     "token_count": "training.metrics",
     "token_histogram": "training.metrics",
     "token_mean": "training.metrics",
+    "cp_mesh": "training.meshes",
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",

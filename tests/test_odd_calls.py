@@ -464,6 +464,8 @@ ELSEWHERE = {
     "BatchPlan": "made by plan_batch",
     "CPConfig": "refuses as pydantic models do",
     "CPError": "an error",
+    "CPMesh": "made by cp_mesh",
+    "cp_mesh": "asks for ranks: test_meshes",
     "InvalidTypeError": "an error",
     "InvalidValueError": "an error",
     "MissingPackageError": "an error",

@@ -91,6 +91,21 @@ def resolve_group(cp_group: GroupSource, *, two_level: bool = False, timeout: fl
     return replace(group, name=limited_name(group.name, timeout))
 
 
+def world_group() -> CPGroup:
+    """All ranks there are.
+
+    Raises:
+        InvalidValueError: there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InvalidValueError(
+            "there are no ranks yet",
+            got="no process group",
+            fix="call torch.distributed.init_process_group first, in processes that torchrun started",
+        )
+    return resolve_group(dist.group.WORLD)
+
+
 def _resolved(cp_group: GroupSource, two_level: bool) -> CPGroup:
     if cp_group is None:
         return CPGroup(1, 0, "", None)
