@@ -63,6 +63,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.tokens.masks import PrefixWindow as PrefixWindow
     from cphandler.tokens.masks import SharedQuestion as SharedQuestion
     from cphandler.tokens.masks import SlidingWindow as SlidingWindow
+    from cphandler.tokens.multiples import length_multiple as length_multiple
     from cphandler.tokens.offsets import cu_seqlens_of as cu_seqlens_of
     from cphandler.tokens.packing import pack_documents as pack_documents
     from cphandler.tokens.packing import pack_lengths as pack_lengths
@@ -161,6 +162,7 @@ _MODULES: dict[str, str] = {
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",
+    "length_multiple": "tokens.multiples",
     "merge": "kernels:merge_attention",
     "pack_documents": "tokens.packing",
     "pack_lengths": "tokens.packing",

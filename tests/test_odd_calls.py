@@ -443,6 +443,11 @@ ROWS: dict[str, Row] = {
         lambda: {"values": torch.zeros(3), "handler": HANDLER, "group": None},
         {"values": {"a tensor of nothing", *IN_TENSORS}, "group": {"None"}},
     ),
+    "length_multiple": Row(
+        cphandler.length_multiple,
+        lambda: {"cp_size": 2, "tp_size": 2, "fp8": 4, "page": 8, "max_multiple": 400},
+        {name: {"one", "five"} for name in ("cp_size", "tp_size", "fp8", "page")},
+    ),
     "connect_zero_loss": Row(
         lambda loss, activations: connect_zero_loss(loss, *[activations]),
         lambda: {"loss": torch.tensor(1.0), "activations": torch.zeros(2, requires_grad=True)},
