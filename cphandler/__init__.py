@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.comm.traffic import Traffic as Traffic
     from cphandler.comm.traffic import record_traffic as record_traffic
     from cphandler.config import CPConfig as CPConfig
+    from cphandler.data.collator import PackingCollator as PackingCollator
+    from cphandler.data.sampler import ContextParallelSampler as ContextParallelSampler
     from cphandler.errors import CPError as CPError
     from cphandler.errors import InvalidTypeError as InvalidTypeError
     from cphandler.errors import InvalidValueError as InvalidValueError
@@ -114,6 +116,7 @@ _MODULES: dict[str, str] = {
     "Causal": "tokens.masks",
     "Chunked": "tokens.masks",
     "ContextParallelHandler": "handler.contract",
+    "ContextParallelSampler": "data.sampler",
     "CoreAttention": "attention.options",
     "Documents": "tokens.documents",
     "EngineShard": "sharding.shard",
@@ -128,6 +131,7 @@ _MODULES: dict[str, str] = {
     "LayoutHandler": "handler.layout_handler",
     "Mask": "tokens.masks",
     "MissingPackageError": "errors",
+    "PackingCollator": "data.collator",
     "PerDocument": "tokens.masks",
     "PlanStats": "plan.batch_plan",
     "PrefixLM": "tokens.masks",

@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"plan", "sharding"},
     {"attention"},
     {"handler", "engines"},
-    {"backends", "training"},
+    {"backends", "training", "data"},
     {"__init__"},
     {"cli", "integrations", "testing"},
     {"__main__", "demo"},
