@@ -25,7 +25,13 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.comm.traffic import record_traffic as record_traffic
     from cphandler.config import CPConfig as CPConfig
     from cphandler.data.collator import PackingCollator as PackingCollator
+    from cphandler.data.manifest import SampleManifest as SampleManifest
     from cphandler.data.sampler import ContextParallelSampler as ContextParallelSampler
+    from cphandler.data.samples import ShardedSample as ShardedSample
+    from cphandler.data.samples import read_manifest as read_manifest
+    from cphandler.data.samples import read_sample as read_sample
+    from cphandler.data.samples import write_sample as write_sample
+    from cphandler.data.stores import SafetensorsStore as SafetensorsStore
     from cphandler.errors import CPError as CPError
     from cphandler.errors import InvalidTypeError as InvalidTypeError
     from cphandler.errors import InvalidValueError as InvalidValueError
@@ -139,6 +145,9 @@ _MODULES: dict[str, str] = {
     "PrefixWindow": "tokens.masks",
     "RankLostError": "errors",
     "RankMismatchError": "errors",
+    "SafetensorsStore": "data.stores",
+    "SampleManifest": "data.manifest",
+    "ShardedSample": "data.samples",
     "SharedQuestion": "tokens.masks",
     "SlidingWindow": "tokens.masks",
     "Traffic": "comm.traffic",
@@ -171,11 +180,14 @@ _MODULES: dict[str, str] = {
     "pack_documents": "tokens.packing",
     "pack_lengths": "tokens.packing",
     "plan_batch": "plan.batch_plan",
+    "read_manifest": "data.samples",
+    "read_sample": "data.samples",
     "record_traffic": "comm.traffic",
     "register_cp_handler": "handler.factory",
     "register_exchange": "attention.exchange",
     "register_kernel": "kernels",
     "unpack_documents": "tokens.packing",
+    "write_sample": "data.samples",
 }
 """Where each public name lives: a module of this package, and the name there if it is another one."""
 

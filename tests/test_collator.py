@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,3 +172,10 @@ def test_the_way_back() -> None:
 def test_settings_are_refused_before_a_worker_starts(options: dict[str, Any], told: str) -> None:
     with pytest.raises(CPError, match=re.escape(told)):
         PackingCollator(**{"cp_size": 2, **options})
+
+
+def test_the_page() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 6
+    exec("\n".join(blocks), {})

@@ -52,6 +52,9 @@ IN_TENSORS = {"a number in a tensor", "a nan in a tensor"}
 """One number each; a tensor is not looked into, which would wait for its device."""
 DENSE_HANDLER = get_cp_handler_cls("local")(qkv_format="bshd", max_seqlen_q=12)
 SEATED = two_ranks(qkv_format="thd", cu_seqlens_q=[0, 5, 12])
+SAMPLE_PLAN = cphandler.plan_batch([0, 5, 12], 2)
+SAMPLES: dict[str, torch.Tensor] = {}
+cphandler.write_sample(SAMPLES, "one", {"ids": torch.arange(12)}, SAMPLE_PLAN, halo=2)
 ROWS: dict[str, Row] = {
     "CoreAttention": Row(
         lambda **given: packed().core_attn(CoreAttention(**given).eval(), heads(), heads(), heads()),
@@ -529,6 +532,55 @@ ROWS: dict[str, Row] = {
     "ContextParallelSampler.set_epoch": Row(
         cphandler.ContextParallelSampler(3, batch_size=1).set_epoch, lambda: {"epoch": 2}, {"epoch": WHOLE}
     ),
+    "SafetensorsStore": Row(cphandler.SafetensorsStore, lambda: {"folder": "nowhere"}, {"folder": {"a word"}}),
+    "write_sample": Row(
+        lambda **given: cphandler.write_sample({}, **given),
+        lambda: {
+            "key": "one",
+            "sample": {"ids": torch.arange(12)},
+            "plan": SAMPLE_PLAN,
+            "halo": 2,
+            "loss_mask": torch.ones(12),
+            "seq_dims": {"ids": 0},
+            "overwrite": False,
+        },
+        {
+            "key": {"a word"},
+            "halo": WHOLE,
+            "loss_mask": {"None"},
+            "seq_dims": {"None", "an empty mapping"},
+            "overwrite": {"True", "False"},
+        },
+    ),
+    "a tensor of a sample": Row(
+        lambda ids: cphandler.write_sample({}, "one", {"ids": ids}, SAMPLE_PLAN),
+        lambda: {"ids": torch.arange(12)},
+        {"ids": {"a complex tensor", "a bool tensor", "a float8 tensor"}},
+    ),
+    "read_manifest": Row(cphandler.read_manifest, lambda: {"store": SAMPLES, "key": "one"}, {}),
+    "read_sample": Row(
+        cphandler.read_sample,
+        lambda: {"store": SAMPLES, "key": "one", "plan": SAMPLE_PLAN, "rank": 1, "halo": 2},
+        {"rank": {"zero", "one"}, "halo": {"zero", "one", "None"}},
+    ),
+    "ShardedSample.ahead": Row(
+        lambda **given: cphandler.read_sample(SAMPLES, "one", SAMPLE_PLAN, rank=1).ahead(**given),
+        lambda: {"name": "ids", "distance": 2, "fill_value": 3},
+        {
+            "distance": {"zero", "one"},
+            "fill_value": FILLERS - {"half", "one and a half", "nan", "inf", "huge", "minus huge"},
+        },
+    ),
+    "ShardedSample.exists": Row(
+        lambda **given: cphandler.read_sample(SAMPLES, "one", SAMPLE_PLAN, rank=1).exists(**given),
+        lambda: {"distance": 2},
+        {"distance": {"zero", "one"}},
+    ),
+    "ShardedSample.in_loss": Row(
+        lambda **given: cphandler.read_sample(SAMPLES, "one", SAMPLE_PLAN, rank=1).in_loss(**given),
+        lambda: {"distance": 2},
+        {"distance": {"zero", "one"}},
+    ),
     "connect_zero_loss": Row(
         lambda loss, activations: connect_zero_loss(loss, *[activations]),
         lambda: {"loss": torch.tensor(1.0), "activations": torch.zeros(2, requires_grad=True)},
@@ -568,6 +620,7 @@ ELSEWHERE = {
     "LayoutHandler": "the handlers",
     "Mask": "abstract",
     "PlanStats": "made by plan_batch",
+    "SampleManifest": "made by write_sample",
     "TokenLogProbs": "what token_log_probs returns",
     "Traffic": "made by record_traffic",
     "clear_plan_cache": "takes nothing",
