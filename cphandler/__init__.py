@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.comm.traffic import Traffic as Traffic
     from cphandler.comm.traffic import record_traffic as record_traffic
     from cphandler.config import CPConfig as CPConfig
+    from cphandler.data.agreement import check_same_batch as check_same_batch
     from cphandler.data.collator import PackingCollator as PackingCollator
     from cphandler.data.manifest import SampleManifest as SampleManifest
     from cphandler.data.sampler import ContextParallelSampler as ContextParallelSampler
@@ -153,6 +154,7 @@ _MODULES: dict[str, str] = {
     "Traffic": "comm.traffic",
     "UnsupportedError": "errors",
     "available_cp_handlers": "handler.factory",
+    "check_same_batch": "data.agreement",
     "clear_plan_cache": "sharding.cache",
     "TokenLogProbs": "training.log_probs",
     "connect_zero_loss": "training.losses",

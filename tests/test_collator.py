@@ -20,6 +20,7 @@ from cphandler import (
     CPError,
     Full,
     PackingCollator,
+    check_same_batch,
     get_batch_on_this_cp_rank,
     get_cp_handler_cls,
     pack_documents,
@@ -146,6 +147,52 @@ def test_from_data_set_to_attention(
                 assert same(mine[1], theirs[1]), "one group, one batch"
     drawn = [i for part in parts for indices, _ in answers[part[0]] for i in indices]
     assert sorted(drawn) == list(range(len(DATA)))
+
+
+def compared(changes: dict[int, dict[str, Any]], parts: list[tuple[int, ...]]) -> str:
+    group = partition_group(parts)
+    batch: Any = PackingCollator(2, pad_to_multiple_of=4)(DATA[:3])
+    batch |= {"epoch": 3, "name": "x", "weights": torch.ones(5).to(torch.bfloat16)}
+    batch |= changes.get(dist.get_rank(), {})
+    try:
+        check_same_batch(batch, group)
+    except CPError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_ranks_that_hold_other_numbers_are_told_which(ranks: RankPool) -> None:
+    parts = [(0, 2), (1, 3)]
+    assert ranks.run(compared, {}, parts) == [""] * 4
+    weights = torch.ones(5).to(torch.bfloat16)
+    weights[3] = 1.0078125
+    for change, names in (
+        ({"weights": weights}, "batch['weights']: rank 0 has bfloat16 [5] #"),
+        ({"weights": torch.ones(5)}, "batch['weights']: rank 0 has bfloat16 [5] #"),
+        ({"epoch": 4}, "batch['epoch']: rank 0 has 3; rank 1 has 4".replace("; ", ", ")),
+        ({"plan": plan_batch([0, 24], 2, layout="contiguous")}, "batch['plan']: rank 0 has zigzag of 2 ranks #"),
+    ):
+        answers = ranks.run(compared, {2: change}, parts)
+        assert answers[1] == answers[3] == "", "the other group is well"
+        assert answers[0] == answers[2]
+        assert answers[0].startswith("RankMismatchError: the ranks of the context-parallel group do not hold the same")
+        assert names in answers[0], answers[0]
+    answers = ranks.run(compared, {2: {"ids": [1, 2]}}, parts)
+    assert answers[2].startswith("InvalidTypeError: batch['ids'] cannot be compared; got list")
+    assert "rank 1: InvalidTypeError: batch['ids'] cannot be compared" in answers[0]
+
+
+def test_a_group_that_cannot_send_is_no_comparison() -> None:
+    with pytest.raises(CPError, match="cannot reach each other"):
+        check_same_batch({}, Seat())
+
+
+class Seat:
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 0
 
 
 def test_the_way_back() -> None:

@@ -19,7 +19,7 @@ from cphandler import (
     merge,
 )
 from tests import test_odd_batches
-from tests.nonsense import FILLERS, MOVABLE, NUMBERS, ODD, ODD_TENSORS, SCALES, WHOLE, Row, faults
+from tests.nonsense import FILLERS, MOVABLE, NUMBERS, ODD, ODD_TENSORS, SCALES, SIGNED, WHOLE, Row, faults
 
 
 class Seat:
@@ -450,6 +450,33 @@ ROWS: dict[str, Row] = {
         cphandler.length_multiple,
         lambda: {"cp_size": 2, "tp_size": 2, "fp8": 4, "page": 8, "max_multiple": 400},
         {name: {"one", "five"} for name in ("cp_size", "tp_size", "fp8", "page")},
+    ),
+    "check_same_batch": Row(
+        cphandler.check_same_batch,
+        lambda: {"batch": {"tokens": torch.arange(4)}, "group": None},
+        {"batch": {"an empty mapping", "a mapping"}, "group": {"None"}},
+    ),
+    "an entry to compare": Row(
+        lambda entry: cphandler.check_same_batch({"tokens": entry}, None),
+        lambda: {"entry": torch.arange(4)},
+        {
+            "entry": {
+                *SIGNED,
+                "None",
+                "a word",
+                "no word",
+                "bytes",
+                "nan",
+                "inf",
+                "complex",
+                "True",
+                "False",
+                *MOVABLE - {"a shapeless tensor"},
+                "a tensor of nothing",
+                "a number in a tensor",
+                "a nan in a tensor",
+            }
+        },
     ),
     "PackingCollator": Row(
         lambda **given: cphandler.PackingCollator(**given)([torch.arange(4)]),
