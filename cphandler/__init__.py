@@ -24,6 +24,15 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.comm.traffic import Traffic as Traffic
     from cphandler.comm.traffic import record_traffic as record_traffic
     from cphandler.config import CPConfig as CPConfig
+    from cphandler.data.agreement import check_same_batch as check_same_batch
+    from cphandler.data.collator import PackingCollator as PackingCollator
+    from cphandler.data.manifest import SampleManifest as SampleManifest
+    from cphandler.data.sampler import ContextParallelSampler as ContextParallelSampler
+    from cphandler.data.samples import ShardedSample as ShardedSample
+    from cphandler.data.samples import read_manifest as read_manifest
+    from cphandler.data.samples import read_sample as read_sample
+    from cphandler.data.samples import write_sample as write_sample
+    from cphandler.data.stores import SafetensorsStore as SafetensorsStore
     from cphandler.errors import CPError as CPError
     from cphandler.errors import InvalidTypeError as InvalidTypeError
     from cphandler.errors import InvalidValueError as InvalidValueError
@@ -63,6 +72,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.tokens.masks import PrefixWindow as PrefixWindow
     from cphandler.tokens.masks import SharedQuestion as SharedQuestion
     from cphandler.tokens.masks import SlidingWindow as SlidingWindow
+    from cphandler.tokens.multiples import length_multiple as length_multiple
     from cphandler.tokens.offsets import cu_seqlens_of as cu_seqlens_of
     from cphandler.tokens.packing import pack_documents as pack_documents
     from cphandler.tokens.packing import pack_lengths as pack_lengths
@@ -113,6 +123,7 @@ _MODULES: dict[str, str] = {
     "Causal": "tokens.masks",
     "Chunked": "tokens.masks",
     "ContextParallelHandler": "handler.contract",
+    "ContextParallelSampler": "data.sampler",
     "CoreAttention": "attention.options",
     "Documents": "tokens.documents",
     "EngineShard": "sharding.shard",
@@ -127,6 +138,7 @@ _MODULES: dict[str, str] = {
     "LayoutHandler": "handler.layout_handler",
     "Mask": "tokens.masks",
     "MissingPackageError": "errors",
+    "PackingCollator": "data.collator",
     "PerDocument": "tokens.masks",
     "PlanStats": "plan.batch_plan",
     "PrefixLM": "tokens.masks",
@@ -134,11 +146,15 @@ _MODULES: dict[str, str] = {
     "PrefixWindow": "tokens.masks",
     "RankLostError": "errors",
     "RankMismatchError": "errors",
+    "SafetensorsStore": "data.stores",
+    "SampleManifest": "data.manifest",
+    "ShardedSample": "data.samples",
     "SharedQuestion": "tokens.masks",
     "SlidingWindow": "tokens.masks",
     "Traffic": "comm.traffic",
     "UnsupportedError": "errors",
     "available_cp_handlers": "handler.factory",
+    "check_same_batch": "data.agreement",
     "clear_plan_cache": "sharding.cache",
     "TokenLogProbs": "training.log_probs",
     "connect_zero_loss": "training.losses",
@@ -161,15 +177,19 @@ _MODULES: dict[str, str] = {
     "cu_seqlens_of": "tokens.offsets",
     "get_batch_on_this_cp_rank": "training.batch",
     "get_cp_handler_cls": "handler.factory",
+    "length_multiple": "tokens.multiples",
     "merge": "kernels:merge_attention",
     "pack_documents": "tokens.packing",
     "pack_lengths": "tokens.packing",
     "plan_batch": "plan.batch_plan",
+    "read_manifest": "data.samples",
+    "read_sample": "data.samples",
     "record_traffic": "comm.traffic",
     "register_cp_handler": "handler.factory",
     "register_exchange": "attention.exchange",
     "register_kernel": "kernels",
     "unpack_documents": "tokens.packing",
+    "write_sample": "data.samples",
 }
 """Where each public name lives: a module of this package, and the name there if it is another one."""
 

@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"plan", "sharding"},
     {"attention"},
     {"handler", "engines"},
-    {"backends", "training"},
+    {"backends", "training", "data"},
     {"__init__"},
     {"cli", "integrations", "testing"},
     {"__main__", "demo"},
@@ -168,7 +168,7 @@ def test_importing_is_cheap_and_needs_no_optional_package(tmp_path: Path) -> Non
         "from cphandler import *; d = (time.process_time() - t) / (t - s);"
         "[get_cp_handler_cls(*pair) for pair in available_cp_handlers() if pair[0] == 'local'];"
         "optional = {'typer', 'rich', 'matplotlib', 'pytest', 'hypothesis', 'transformer_engine', 'flash_attn',"
-        "'flash_attn_interface', 'flash_attn_3', 'magi_attention'};"
+        "'flash_attn_interface', 'flash_attn_3', 'magi_attention', 'safetensors'};"
         "print(d, sorted(optional & set(sys.modules)) + getattr(sys, 'broken', []))"
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

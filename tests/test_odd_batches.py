@@ -199,17 +199,29 @@ ROWS: dict[str, Row] = {
             "documents": [torch.arange(3), torch.arange(4)],
             "token_budget": 20,
             "multiple_of": 2,
+            "pad_to_multiple_of": 5,
             "pad_token": 0,
         },
         {
             "documents": {"an empty list", "an empty tuple", "a tensor of nothing"},
             "token_budget": {"None"},
             "multiple_of": {"one", "five"},
+            "pad_to_multiple_of": {"one", "five"},
             "pad_token": {*WHOLE, "minus one", "minus a thousand"},
         },
     ),
     "a document to pack": Row(
         lambda document: pack_documents([torch.arange(3), document]), lambda: {"document": torch.arange(4)}, {}
+    ),
+    "a document of several rows": Row(
+        lambda **rows: pack_documents([{"tokens": torch.arange(3), "x": torch.arange(3)}, rows]),
+        lambda: {"tokens": torch.arange(4), "x": torch.arange(4)},
+        {},
+    ),
+    "which tokens are learned": Row(
+        lambda target_mask: pack_documents([{"tokens": torch.arange(4), "target_mask": target_mask}]),
+        lambda: {"target_mask": torch.ones(4).bool()},
+        {},
     ),
     "pack_lengths": Row(
         pack_lengths,
@@ -219,8 +231,13 @@ ROWS: dict[str, Row] = {
     "a length to pack": Row(lambda length: pack_lengths([length, 4], 9), lambda: {"length": 3}, {"length": WHOLE}),
     "unpack_documents": Row(
         unpack_documents,
-        lambda: {"packed": torch.arange(16), "cu_seqlens": [0, 5, 12], "cu_seqlens_padded": [0, 8, 16]},
-        {},
+        lambda: {
+            "packed": torch.arange(16),
+            "cu_seqlens": [0, 5, 12],
+            "cu_seqlens_padded": [0, 8, 16],
+            "num_documents": 2,
+        },
+        {"num_documents": {"None", "zero", "one"}},
     ),
 }
 

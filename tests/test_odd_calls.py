@@ -19,7 +19,7 @@ from cphandler import (
     merge,
 )
 from tests import test_odd_batches
-from tests.nonsense import FILLERS, MOVABLE, NUMBERS, ODD, ODD_TENSORS, SCALES, WHOLE, Row, faults
+from tests.nonsense import FILLERS, MOVABLE, NUMBERS, ODD, ODD_TENSORS, SCALES, SIGNED, WHOLE, Row, faults
 
 
 class Seat:
@@ -52,6 +52,9 @@ IN_TENSORS = {"a number in a tensor", "a nan in a tensor"}
 """One number each; a tensor is not looked into, which would wait for its device."""
 DENSE_HANDLER = get_cp_handler_cls("local")(qkv_format="bshd", max_seqlen_q=12)
 SEATED = two_ranks(qkv_format="thd", cu_seqlens_q=[0, 5, 12])
+SAMPLE_PLAN = cphandler.plan_batch([0, 5, 12], 2)
+SAMPLES: dict[str, torch.Tensor] = {}
+cphandler.write_sample(SAMPLES, "one", {"ids": torch.arange(12)}, SAMPLE_PLAN, halo=2)
 ROWS: dict[str, Row] = {
     "CoreAttention": Row(
         lambda **given: packed().core_attn(CoreAttention(**given).eval(), heads(), heads(), heads()),
@@ -443,6 +446,168 @@ ROWS: dict[str, Row] = {
         lambda: {"values": torch.zeros(3), "handler": HANDLER, "group": None},
         {"values": {"a tensor of nothing", *IN_TENSORS}, "group": {"None"}},
     ),
+    "length_multiple": Row(
+        cphandler.length_multiple,
+        lambda: {"cp_size": 2, "tp_size": 2, "fp8": 4, "page": 8, "max_multiple": 400},
+        {name: {"one", "five"} for name in ("cp_size", "tp_size", "fp8", "page")},
+    ),
+    "check_same_batch": Row(
+        cphandler.check_same_batch,
+        lambda: {"batch": {"tokens": torch.arange(4)}, "group": None},
+        {"batch": {"an empty mapping", "a mapping"}, "group": {"None"}},
+    ),
+    "an entry to compare": Row(
+        lambda entry: cphandler.check_same_batch({"tokens": entry}, None),
+        lambda: {"entry": torch.arange(4)},
+        {
+            "entry": {
+                *SIGNED,
+                "None",
+                "a word",
+                "no word",
+                "bytes",
+                "nan",
+                "inf",
+                "complex",
+                "True",
+                "False",
+                *MOVABLE - {"a shapeless tensor"},
+                "a tensor of nothing",
+                "a number in a tensor",
+                "a nan in a tensor",
+            }
+        },
+    ),
+    "PackingCollator": Row(
+        lambda **given: cphandler.PackingCollator(**given)([torch.arange(4)]),
+        lambda: {
+            "cp_size": 2,
+            "token_budget": 20,
+            "multiple_of": 2,
+            "pad_to_multiple_of": 5,
+            "pad_token": 3,
+            "layout": "balanced",
+            "mask": "full",
+            "cp_comm_type": "ring",
+            "tile": 4,
+            "kernel_cost": 3,
+            "ranks": (0,),
+        },
+        {
+            "cp_size": {"one", "five"},
+            "token_budget": {"None", "five"},
+            "multiple_of": {"one", "five"},
+            "pad_to_multiple_of": {"one", "five"},
+            "pad_token": {*WHOLE, "minus one", "minus a thousand"},
+            "tile": {"one", "five", "None"},
+            "kernel_cost": WHOLE,
+            "ranks": {"an empty list", "an empty tuple"},
+        },
+    ),
+    "documents of a collator": Row(
+        cphandler.PackingCollator(2),
+        lambda: {"documents": [torch.arange(4)]},
+        {"documents": {"an empty list", "an empty tuple", "a tensor of nothing"}},
+    ),
+    "ContextParallelSampler": Row(
+        lambda **given: list(cphandler.ContextParallelSampler(**given)),
+        lambda: {
+            "data": 3,
+            "token_budget": 16,
+            "lengths": [3, 4, 9],
+            "multiple_of": 4,
+            "group": Seat(),
+            "shuffle": True,
+            "seed": 3,
+            "drop_last": False,
+        },
+        {
+            "multiple_of": {"one", "five"},
+            "group": {"None"},
+            "shuffle": {"True", "False"},
+            "seed": WHOLE,
+            "drop_last": {"True", "False"},
+        },
+    ),
+    "ContextParallelSampler of documents": Row(
+        lambda **given: list(cphandler.ContextParallelSampler(**given)),
+        lambda: {"data": 3, "batch_size": 2},
+        {
+            "data": {
+                *WHOLE,
+                "a list",
+                "a ragged list",
+                "a list of words",
+                "an empty list",
+                "an empty tuple",
+                "an empty mapping",
+                "a mapping",
+                "a tensor of nothing",
+                "a nan in a tensor",
+                "a complex tensor",
+                "a bool tensor",
+                "an array of words",
+            },
+            "batch_size": {"one", "five"},
+        },
+    ),
+    "ContextParallelSampler.of_world": Row(
+        lambda **given: list(cphandler.ContextParallelSampler.of_world(8, batch_size=2, **given)),
+        lambda: {"rank": 1, "world_size": 4, "cp_size": 2, "tp_size": 2},
+        {"rank": {"zero", "one"}, "cp_size": {"one"}, "tp_size": {"one"}},
+    ),
+    "ContextParallelSampler.set_epoch": Row(
+        cphandler.ContextParallelSampler(3, batch_size=1).set_epoch, lambda: {"epoch": 2}, {"epoch": WHOLE}
+    ),
+    "SafetensorsStore": Row(cphandler.SafetensorsStore, lambda: {"folder": "nowhere"}, {"folder": {"a word"}}),
+    "write_sample": Row(
+        lambda **given: cphandler.write_sample({}, **given),
+        lambda: {
+            "key": "one",
+            "sample": {"ids": torch.arange(12)},
+            "plan": SAMPLE_PLAN,
+            "halo": 2,
+            "loss_mask": torch.ones(12),
+            "seq_dims": {"ids": 0},
+            "overwrite": False,
+        },
+        {
+            "key": {"a word"},
+            "halo": WHOLE,
+            "loss_mask": {"None"},
+            "seq_dims": {"None", "an empty mapping"},
+            "overwrite": {"True", "False"},
+        },
+    ),
+    "a tensor of a sample": Row(
+        lambda ids: cphandler.write_sample({}, "one", {"ids": ids}, SAMPLE_PLAN),
+        lambda: {"ids": torch.arange(12)},
+        {"ids": {"a complex tensor", "a bool tensor", "a float8 tensor"}},
+    ),
+    "read_manifest": Row(cphandler.read_manifest, lambda: {"store": SAMPLES, "key": "one"}, {}),
+    "read_sample": Row(
+        cphandler.read_sample,
+        lambda: {"store": SAMPLES, "key": "one", "plan": SAMPLE_PLAN, "rank": 1, "halo": 2},
+        {"rank": {"zero", "one"}, "halo": {"zero", "one", "None"}},
+    ),
+    "ShardedSample.ahead": Row(
+        lambda **given: cphandler.read_sample(SAMPLES, "one", SAMPLE_PLAN, rank=1).ahead(**given),
+        lambda: {"name": "ids", "distance": 2, "fill_value": 3},
+        {
+            "distance": {"zero", "one"},
+            "fill_value": FILLERS - {"half", "one and a half", "nan", "inf", "huge", "minus huge"},
+        },
+    ),
+    "ShardedSample.exists": Row(
+        lambda **given: cphandler.read_sample(SAMPLES, "one", SAMPLE_PLAN, rank=1).exists(**given),
+        lambda: {"distance": 2},
+        {"distance": {"zero", "one"}},
+    ),
+    "ShardedSample.in_loss": Row(
+        lambda **given: cphandler.read_sample(SAMPLES, "one", SAMPLE_PLAN, rank=1).in_loss(**given),
+        lambda: {"distance": 2},
+        {"distance": {"zero", "one"}},
+    ),
     "connect_zero_loss": Row(
         lambda loss, activations: connect_zero_loss(loss, *[activations]),
         lambda: {"loss": torch.tensor(1.0), "activations": torch.zeros(2, requires_grad=True)},
@@ -482,6 +647,7 @@ ELSEWHERE = {
     "LayoutHandler": "the handlers",
     "Mask": "abstract",
     "PlanStats": "made by plan_batch",
+    "SampleManifest": "made by write_sample",
     "TokenLogProbs": "what token_log_probs returns",
     "Traffic": "made by record_traffic",
     "clear_plan_cache": "takes nothing",
