@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first
 from cphandler.attention.capabilities import Capabilities
+from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import get_exchange
 from cphandler.attention.loop import AttentionResult, Indices, Scalars, attention, max_logit
 from cphandler.attention.options import AttentionOptions, OptionalArguments
@@ -172,6 +173,9 @@ class Attention:
             self._check_capabilities(call)
             self.check_call(call)
             self._check_tangents(call)
+            if call.q.device.type == CAPTURED and is_capturing():
+                padded = host.shards.keys.padded_rows is not None
+                check_capture(self.name, self.exchange, packed=host.qkv_format == "thd", padded=padded)
             if call.module is None:
                 self.plans(call).plan(call.mask)
             return call

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cphandler.attention.attention import Attention
 from cphandler.attention.capabilities import Capabilities
+from cphandler.attention.capture import is_capturing
 from cphandler.attention.options import OptionalArguments
 from cphandler.attention.plans import take_ahead
 from cphandler.comm.consistency import Consistency, digest, kind_of, shortened, shown
@@ -226,8 +227,15 @@ class LayoutHandler(ContextParallelHandler):
 
         Raises:
             RankMismatchError: the ranks' batches differ, or another rank raised; on every rank alike.
+            UnsupportedError: a CUDA graph is being captured.
         """
         if self._consistency.pending:
+            if is_capturing():
+                raise UnsupportedError(
+                    "ranks compare their batches before they first exchange anything, which no CUDA graph can hold",
+                    got=f"{call} while a graph is captured",
+                    fix="call handler.agree() before the capture; check_consistency='each_call' allows none",
+                )
             self._consistency.settle(self._facts(call), error)
 
     def _facts(self, call: str) -> dict[str, str]:
