@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from cphandler.attention.attention import Attention
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.capabilities import COMMON, Capabilities
@@ -9,7 +11,6 @@ from cphandler.attention.head_parallel import HeadParallel
 from cphandler.attention.loop import AttentionResult
 from cphandler.handler.layout_handler import LayoutHandler
 from cphandler.layouts.layout import LAYOUTS
-from cphandler.tokens.masks import Mask
 
 
 class UlyssesAttention(Attention):
@@ -17,16 +18,15 @@ class UlyssesAttention(Attention):
 
     whole = True
 
-    def plan(self, mask: Mask) -> None:
-        """Also the order of all ranks' rows; see :meth:`Attention.plan`."""
-        super().plan(mask)
-        HeadParallel.over(self.host.ranks, self.host.shards, self.host.device)
+    def head_parallel(self, device: torch.device) -> HeadParallel:
+        """All heads over all ranks."""
+        return HeadParallel.over(self.host.ranks, self.host.shards, device)
 
     def compute(self, call: AttentionCall) -> AttentionResult:
         """See :meth:`Attention.compute`."""
         if self.host.ranks.size == 1:
             return self.attend_whole(call)
-        heads = HeadParallel.over(self.host.ranks, self.host.shards, call.q.device)
+        heads = call.prepared.heads if call.prepared else self.head_parallel(call.q.device)
         return heads.gather(call, self.attend_whole(heads.scatter(call)))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from cphandler.attention.attention import Attention
 from cphandler.attention.call import AttentionCall
 from cphandler.attention.capabilities import COMMON, Capabilities
-from cphandler.attention.head_parallel import InnerUnions
+from cphandler.attention.head_parallel import HeadParallel, InnerUnions
 from cphandler.attention.loop import AttentionResult
 from cphandler.attention.plans import Plans
 from cphandler.comm.groups import two_levels
@@ -27,11 +29,15 @@ class USPAttention(Attention):
         alone = self._levels.inner.size == 1
         return super().make_plans(ordered) if alone else self._unions.plans(self.exchange)
 
+    def head_parallel(self, device: torch.device) -> HeadParallel:
+        """All heads over the inner group."""
+        return self._unions.heads(device)
+
     def compute(self, call: AttentionCall) -> AttentionResult:
         """See :meth:`Attention.compute`."""
         if self._levels.inner.size == 1:
             return self.attend(call)
-        heads = self._unions.heads(call.q.device)
+        heads = call.prepared.heads if call.prepared else self.head_parallel(call.q.device)
         return heads.gather(call, self.attend(heads.scatter(call)))
 
 

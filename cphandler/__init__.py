@@ -78,6 +78,10 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.tokens.packing import pack_lengths as pack_lengths
     from cphandler.tokens.packing import unpack_documents as unpack_documents
     from cphandler.training.batch import get_batch_on_this_cp_rank as get_batch_on_this_cp_rank
+    from cphandler.training.dynamic import DocumentSchedule as DocumentSchedule
+    from cphandler.training.dynamic import SubGroup as SubGroup
+    from cphandler.training.dynamic import SubGroups as SubGroups
+    from cphandler.training.dynamic import assign_documents as assign_documents
     from cphandler.training.labels import next_token_labels as next_token_labels
     from cphandler.training.labels import shift_labels as shift_labels
     from cphandler.training.log_probs import TokenLogProbs as TokenLogProbs
@@ -125,6 +129,7 @@ _MODULES: dict[str, str] = {
     "ContextParallelHandler": "handler.contract",
     "ContextParallelSampler": "data.sampler",
     "CoreAttention": "attention.options",
+    "DocumentSchedule": "training.dynamic",
     "Documents": "tokens.documents",
     "EngineShard": "sharding.shard",
     "Exchange": "attention.exchange",
@@ -151,8 +156,11 @@ _MODULES: dict[str, str] = {
     "ShardedSample": "data.samples",
     "SharedQuestion": "tokens.masks",
     "SlidingWindow": "tokens.masks",
+    "SubGroup": "training.dynamic",
+    "SubGroups": "training.dynamic",
     "Traffic": "comm.traffic",
     "UnsupportedError": "errors",
+    "assign_documents": "training.dynamic",
     "available_cp_handlers": "handler.factory",
     "check_same_batch": "data.agreement",
     "clear_plan_cache": "sharding.cache",

@@ -19,6 +19,9 @@ T = TypeVar("T")
 _functions: dict[str, Callable[..., Any]] = {}
 """Marked functions by name."""
 
+REASON = "{} is kept out of graphs: plan() prepares attention for a compiled block, all else goes before or after it"
+"""What a compiler that may not break its graph says of a marked function."""
+
 _outside: dict[str, Callable[..., Any]] = {}
 """The same functions, kept out of graphs; empty until the compiler is loaded."""
 
@@ -28,7 +31,7 @@ def untraced(function: Callable[P, T]) -> Callable[P, T]:
     name = f"{function.__module__}.{function.__qualname__}"
     _functions[name] = function
     if _outside:
-        _outside[name] = torch.compiler.disable(function)
+        _outside[name] = torch.compiler.disable(function, reason=REASON.format(name))
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,6 +51,6 @@ def _is_compiler_loaded() -> bool:
 
 def _kept_out(name: str) -> Callable[..., Any]:
     """Let all marks take effect; the function of this name, kept out of graphs."""
-    made = {mark: torch.compiler.disable(function) for mark, function in _functions.items()}
+    made = {mark: torch.compiler.disable(function, reason=REASON.format(mark)) for mark, function in _functions.items()}
     _outside.update(made)  # all at once: other threads call too
     return _outside[name]

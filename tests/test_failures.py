@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +134,64 @@ def test_a_rank_that_has_ended(ranks: RankPool, tmp_path: Path) -> None:
         start = rf"RankMismatchError: rank ({named}) of the context-parallel group did not reach"
         assert re.match(start, message), message
         assert "a closed connection: it ended, raised, or has itself given up waiting" in message
+
+
+def a_step(rank: int, folder: str, fate: str) -> None:
+    """A step, then one of two layers in which rank 1 meets its fate: between the layers, or before."""
+    with Path(folder, f"printed-{rank}").open("w") as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    group = dist.group.WORLD
+    q, k, v = (torch.randn(16, 2, 8, requires_grad=True) for _ in range(3))
+    handler = get_cp_handler_cls("ring")(cp_group=group, qkv_format="thd", cu_seqlens_q=[0, 10, 48])
+    handler.core_attn(None, q, k, v).sum().backward()  # what torch loads at the first call takes seconds
+    dist.barrier()
+    if rank == 1:
+        Path(folder, "begun").write_text(str(time.monotonic()))
+    first = 20 if rank == 1 and fate == "has another batch" else 10
+    handler = get_cp_handler_cls("ring")(cp_group=group, qkv_format="thd", cu_seqlens_q=[0, first, 48])
+    hidden = handler.core_attn(None, q, k, v)
+    if rank == 1 and fate == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and fate == "raises":
+        raise ArithmeticError("the model failed")
+    handler.core_attn(None, hidden, k, v).sum().backward()
+
+
+OTHERS = {
+    "is killed": "RankLostError: rank {rank} of the context-parallel group waited for rank",
+    "raises": "RankLostError: rank {rank} of the context-parallel group waited for rank",
+    "has another batch": "RankMismatchError: the ranks of the context-parallel group do not hold the same batch",
+}
+"""What every rank but rank 1 prints, by what happens to that one."""
+
+
+@pytest.mark.parametrize("fate", OTHERS)
+def test_a_rank_in_the_middle_of_a_step(ranks: RankPool, tmp_path: Path, fate: str) -> None:
+    """Every process ends by itself, soon, with what is wrong in the last line that it prints."""
+    ranks.run(dist.get_rank)  # processes then start in milliseconds, as copies of one that has loaded torch
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=a_step, args=(rank, str(tmp_path), fate), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    running, ended = {process.sentinel: rank for rank, process in enumerate(processes)}, {}
+    while running and (ready := wait(list(running), timeout=60)):
+        for sentinel in ready:
+            ended[running.pop(sentinel)] = time.monotonic()  # type: ignore[index]
+    for process in processes:
+        process.kill()
+    begun = float((tmp_path / "begun").read_text())
+    printed = [(tmp_path / f"printed-{rank}").read_text().strip().splitlines()[-1:] for rank in range(3)]
+    for rank in (0, 2):
+        print(f"rank 1 {fate}: rank {rank} ends after {ended[rank] - begun:.2f} s: {printed[rank][0]}")
+        assert OTHERS[fate].format(rank=rank) in printed[rank][0]
+        assert ended[rank] - begun < SOON
+        assert processes[rank].exitcode == 1
+    assert processes[1].exitcode == (-signal.SIGKILL if fate == "is killed" else 1)
+    own = {"is killed": [], "raises": ["ArithmeticError: the model failed"], "has another batch": printed[0]}
+    assert [line.rpartition("cphandler.errors.")[2] for line in printed[1]] == [
+        line.rpartition("cphandler.errors.")[2] for line in own[fate]
+    ]
 
 
 def operations(name: str, rank: int) -> dict[str, Callable[[], Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from cphandler.attention.call import AttentionCall, TensorRules, batch_first, fr
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import get_exchange
-from cphandler.attention.loop import AttentionResult, Indices, Scalars, attention, max_logit
-from cphandler.attention.options import AttentionOptions, OptionalArguments
+from cphandler.attention.loop import OPEN, AttentionResult, Indices, Scalars, attention, max_logit
+from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.attention.plans import Plans
 from cphandler.comm import collectives
 from cphandler.comm.groups import CPGroup
@@ -22,10 +22,11 @@ from cphandler.config import CPConfig
 from cphandler.errors import InvalidValueError, UnsupportedError
 from cphandler.kernels import check_kernel_name, get_kernel, likely_kernel
 from cphandler.layouts.layout import LAYOUTS
+from cphandler.plan.plan import head_of
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.shard import ShardPair, device_copy
 from cphandler.tensors import check_no_tangent
-from cphandler.tokens.masks import Mask
+from cphandler.tokens.masks import Mask, make_mask
 from cphandler.tokens.metadata import StreamMetadata
 from cphandler.tracing import untraced
 
@@ -72,6 +73,24 @@ class Host(Protocol):
         """A mask in a few words, the same on every rank that has the same one."""
 
 
+class Prepared(NamedTuple):
+    """What attention under one mask needs of a batch: its tensors, and words that are the same in all batches.
+
+    Attributes:
+        plan: the head of the packed plan; see :func:`head_of`.
+        plans: where it is from; says how keys reach the queries.
+        indices: see :class:`Indices`.
+        heads: the split of the heads around attention, where the algorithm has one.
+        device: where the tensors of a call must be.
+    """
+
+    plan: Tensor
+    plans: Plans
+    indices: Indices
+    heads: Any
+    device: torch.device
+
+
 class Attention:
     """One algorithm over one batch: checks a call, computes, and arranges what comes back.
 
@@ -95,6 +114,8 @@ class Attention:
     def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
         self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
         self._plans: dict[bool, Plans] = {}
+        self._prepared_own: Prepared | None = None
+        self._prepared_others: tuple[tuple[Mask, Prepared], ...] = ()
         check_kernel_name(host.config.kernel)
         if exchange:
             get_exchange(exchange)  # a name that is none is refused here, with one rank too
@@ -145,8 +166,32 @@ class Attention:
 
     def __call__(self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Any:
         """All of ``core_attn``; see :meth:`ContextParallelHandler.core_attn`."""
-        call = self.checked(attn_mod, tensors, options)
+        traced = self._traced(attn_mod, tensors, options) if torch.compiler.is_compiling() else None
+        call = self.checked(attn_mod, tensors, options) if traced is None else traced
         return self.settled(call, self.compute(call))
+
+    def _traced(
+        self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments
+    ) -> AttentionCall | None:
+        """A call as a compiler can trace it, over what :meth:`plan` prepared; None where that is not enough."""
+        prepared = self._prepared_for(options.get("mask"))
+        own_module = attn_mod is not None and not isinstance(attn_mod, CoreAttention)
+        drops = bool(options.get("dropout_p")) or (isinstance(attn_mod, CoreAttention) and attn_mod.drops(options))
+        if prepared is None or own_module or drops or tensors[0].device != prepared.device:
+            return None
+        call = AttentionCall.traced(attn_mod, tensors, AttentionOptions.checked(options), self._rules, self.host.mask)
+        self._check_capabilities(call)
+        self.check_call(call)
+        return call._replace(kernel=OPEN + self.host.config.kernel, prepared=prepared)
+
+    def _prepared_for(self, mask: Mask | str | None) -> Prepared | None:
+        if mask is None:
+            return self._prepared_own
+        wanted = make_mask(mask)
+        for known, prepared in self._prepared_others:
+            if type(known) is type(wanted) and known == wanted:
+                return prepared
+        return None
 
     @untraced
     def checked(
@@ -229,10 +274,22 @@ class Attention:
             UnsupportedError: a mask or a layout that no plan can be made of.
         """
         self.capabilities.require_mask(self.name, mask, crossing=self.host.shards.is_crossing)
-        kernel = likely_kernel(self.host.config.kernel, self.host.device.type)
-        plans = self._plans_for(kernel.takes_prefix)
-        plans.plan(mask)
-        plans.places(self.host.device)
+        device = self.host.device
+        plans = self._plans_for(likely_kernel(self.host.config.kernel, device.type).takes_prefix)
+        indices = Indices(plans.places(device))
+        prepared = Prepared(head_of(plans.plan(mask)), plans, indices, self.head_parallel(device), device)
+        if mask is self.host.mask:
+            self._prepared_own = prepared
+        others = [(known, kept) for known, kept in self._prepared_others if known is not mask]
+        self._prepared_others = (*others, (mask, prepared))
+        _ = self._rules  # looked up here, since a compiler would have to trace how they are made
+
+    def head_parallel(self, device: torch.device) -> Any:
+        """The split of the heads around attention, for an algorithm that has one; None by default.
+
+        Args:
+            device: where the tensors are.
+        """
 
     def plans(self, call: AttentionCall) -> Plans:
         """The plans of a call's attention; made once per batch."""
@@ -268,7 +325,7 @@ class Attention:
         padded = self.host.shards.keys.padded_rows is not None
         if padded:  # rows of a batch with padding are laid end to end
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-        plan, scalars, indices = self._prepared(call, q.device)
+        plan, scalars, indices = self._prepared(call, q.device) if call.prepared is None else self._found(call)
         out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
         self.host.watched(out)
         largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
@@ -284,6 +341,11 @@ class Attention:
         positions = plans.positions(device) if scalars.dropout_p else ()
         return plans.plan(call.mask), scalars, Indices(plans.places(device), *positions)
 
+    def _found(self, call: AttentionCall) -> tuple[Tensor, Scalars, Indices]:
+        """As :meth:`_prepared`, of what was prepared before."""
+        prepared: Prepared = call.prepared
+        return prepared.plan, self._scalars(call, prepared.plans), prepared.indices
+
     def _scalars(self, call: AttentionCall, plans: Plans) -> Scalars:
         options = call.options
         return Scalars(
@@ -298,7 +360,7 @@ class Attention:
             dropout_seed=options.dropout_seed or 0,
             layer=options.layer_number or 0,
             first_head=call.first_head,
-            tokens=plans.tokens,
+            tokens=plans.tokens if options.dropout_p else (0, 0),
             repeats=call.repeats,
         )
 
@@ -332,6 +394,7 @@ class Attention:
             result = result._replace(max_logit=largest)
         return call.arranged(result)
 
+    @untraced
     def _call_module(self, call: AttentionCall) -> Tensor:
         """Give whole documents to the caller's module, padding removed."""
         queries, keys, form = self.host.queries, self.host.keys, self.host.qkv_format

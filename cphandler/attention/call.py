@@ -15,6 +15,7 @@ from cphandler.comm.consistency import kind_of
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.kernels import select_kernel
+from cphandler.precision import ATTENTION_DTYPES
 from cphandler.tensors import where_rows_are
 from cphandler.tokens.masks import Mask, make_mask
 
@@ -96,6 +97,27 @@ class TensorRules:
                 )
         self._check_sizes(query, key, value)
 
+    def check_traced(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """:meth:`check` without its explanations, which a compiler would trace.
+
+        Raises:
+            InvalidTypeError: mixed dtypes, or one that attention does not compute in.
+            InvalidValueError: wrong shapes or devices.
+        """
+        way_out = "call core_attn outside of torch.compile to be told what is wrong"
+        if not query.dtype == key.dtype == value.dtype or query.dtype not in ATTENTION_DTYPES:
+            raise InvalidTypeError("query, key and value must share one dtype that attention computes in", fix=way_out)
+        dims, seq_dim = 3 if self.qkv_format == "thd" else 4, 1 if self.qkv_format == "bshd" else 0
+        batch = 1 - seq_dim
+        fits = query.dim() == key.dim() == value.dim() == dims and query.device == key.device == value.device
+        fits = fits and query.shape[seq_dim] == self.local_tokens[0] and query.shape[-1] == key.shape[-1]
+        fits = fits and key.shape[seq_dim] == value.shape[seq_dim] == self.local_tokens[1]
+        fits = fits and key.shape[-2] == value.shape[-2] != 0 and query.shape[-2] % key.shape[-2] == 0
+        if fits and dims == 4:
+            fits = query.shape[batch] == key.shape[batch] == value.shape[batch] == (self.batch or query.shape[batch])
+        if not fits:
+            raise InvalidValueError("query, key and value do not have the handler's rows, or do not fit", fix=way_out)
+
     @staticmethod
     def _check_kinds(named: dict[str, Any]) -> None:
         for name, x in named.items():
@@ -162,6 +184,7 @@ class AttentionCall(NamedTuple):
         sinks: ``[N]``, or None.
         first_head: number in the model of the first head in ``q``.
         repeats: how many query heads in ``q`` use each key head, where they are uneven; else empty.
+        prepared: what attention needs, where it was found before the call was traced; None where it is looked up.
     """
 
     q: Tensor
@@ -177,6 +200,7 @@ class AttentionCall(NamedTuple):
     sinks: Tensor | None
     first_head: int
     repeats: tuple[int, ...]
+    prepared: Any = None
 
     @classmethod
     def of(
@@ -223,6 +247,29 @@ class AttentionCall(NamedTuple):
             name = kernels[softcap, dropout] = select_kernel(config.kernel, q, k, v, **asked)
         form = rules.qkv_format
         return cls(q, k, v, module, chosen, scale, name, form, options, core, options.sinks, 0, ())
+
+    @classmethod
+    def traced(
+        cls,
+        attn_mod: CoreAttention | None,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        options: AttentionOptions,
+        rules: TensorRules,
+        mask: Mask,
+    ) -> AttentionCall:
+        """As :meth:`of`, in words that a compiler can trace, without a kernel and what dropout asks for.
+
+        Raises:
+            InvalidTypeError: mixed dtypes, or one that attention does not compute in.
+            InvalidValueError: wrong shapes or devices.
+        """
+        rules.check_traced(*tensors)
+        options = options if attn_mod is None else attn_mod.applied_to(options)
+        q, k, v = (batch_first(x, rules.qkv_format) for x in tensors)
+        _check_sinks(options.sinks, q)
+        scale = float(q.shape[-1]) ** -0.5 if options.softmax_scale is None else float(options.softmax_scale)
+        form = rules.qkv_format
+        return cls(q, k, v, None, mask, scale, "", form, options, attn_mod, options.sinks, 0, ())
 
     @property
     def return_lse(self) -> bool:

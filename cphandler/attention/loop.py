@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.attention.exchange import Block, Route, Rows, Sums, get_exchange, rows_of
 from cphandler.errors import UnsupportedError
-from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Tasks, get_kernel
+from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Tasks, get_kernel, select_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.kernels.sums import ALL
@@ -97,7 +97,8 @@ class Scalars(NamedTuple):
 
     Attributes:
         scale: factor on the scores.
-        kernel: name of the kernel (not ``"auto"``).
+        kernel: name of the kernel (not ``"auto"``); behind :data:`OPEN`, what the call asks for, to be chosen by its
+            tensors.
         exchange: how keys reach the queries: ``"ring"``, ``"p2p"``, ``"all_gather"`` or a registered one; empty where
             they are here.
         group_name: the group to exchange in.
@@ -159,6 +160,9 @@ class Scalars(NamedTuple):
         wire = getattr(torch, self.wire) if self.wire else None
         return Route(plan.plan, self.group_name, plan.rows, places, wire)
 
+
+OPEN = "?"
+"""In front of a kernel's name: the operators choose, since a compiler that traces a call knows no kernels."""
 
 MOST_MASKS = 32
 """Tables of hidden scores kept with a plan, a few MB each at most; only windows of many widths need more."""
@@ -261,6 +265,13 @@ def max_logit(q: Tensor, k: Tensor, plan: Tensor, scalars: Scalars, indices: Ind
     return result
 
 
+def _chosen(scalars: Scalars, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+    """The kernel that the tensors of a call come to."""
+    softcap, dropout = bool(scalars.softcap), bool(scalars.dropout_p)
+    asked = {"deterministic": scalars.deterministic, "softcap": softcap, "dropout": dropout}
+    return get_kernel(select_kernel(scalars.kernel.removeprefix(OPEN), q, k, v, **asked), q.device.type)
+
+
 def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Sums | None = None) -> Iterator[Block]:
     """The blocks of an exchange, forward, or backward where there are sums; one block without an exchange."""
     if not scalars.exchange:
@@ -339,7 +350,8 @@ def attention_forward(
     scalars, where = Scalars.unpacked(indices, floats, integers, names)
     in_use, result = _unpacked(plan), AttentionSum(q, v.shape[-1])
     route = scalars.route(in_use, where.places)
-    compute, weighting = get_kernel(scalars.kernel, q.device.type), _Weighting(scalars, q, where, in_use)
+    compute = _chosen(scalars, q, k, v) if scalars.kernel[0] == OPEN else get_kernel(scalars.kernel, q.device.type)
+    weighting = _Weighting(scalars, q, where, in_use)
     for block in _blocks(scalars, route, (k, v)):
         block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
         if q.shape[2]:  # a rank without heads only takes part in the exchange
@@ -379,7 +391,7 @@ def attention_backward(
     """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
     scalars, where = Scalars.unpacked(indices, floats, integers, names)
     dq, dk, dv = (RowSum.like(x) for x in (q, k, v))
-    compute: Kernel = get_kernel(scalars.kernel, q.device.type)
+    compute = _chosen(scalars, q, k, v) if scalars.kernel[0] == OPEN else get_kernel(scalars.kernel, q.device.type)
     in_use = _unpacked(plan)
     route = scalars.route(in_use, where.places)
     saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(scalars, q, where, in_use)
@@ -409,7 +421,7 @@ def largest_scores(
     """See :func:`max_logit`."""
     scalars, where = Scalars.unpacked(indices, floats, integers, names)
     result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
-    compute = get_kernel(scalars.kernel, q.device.type)
+    compute = _chosen(scalars, q, k, k) if scalars.kernel[0] == OPEN else get_kernel(scalars.kernel, q.device.type)
     in_use = _unpacked(plan)
     softmax = Softmax(scalars.scale, masks=in_use.masks)
     for block in _blocks(scalars, scalars.route(in_use, where.places), (k,)):

@@ -216,6 +216,10 @@ class CoreAttention(torch.nn.Module):
         self.register_parameter("sinks", torch.nn.Parameter(torch.zeros(num_sinks)) if num_sinks else None)
         self.current_max_attn_logits: Tensor | None = None
 
+    def drops(self, options: OptionalArguments) -> bool:
+        """Whether a call with these options drops weights by this module's setting."""
+        return self.training and self.dropout_p > 0 and options.get("dropout_p") is None
+
     def applied_to(self, options: AttentionOptions) -> AttentionOptions:
         """The call's options, with this module's where the call leaves them open."""
         settings: dict[str, Any] = {}

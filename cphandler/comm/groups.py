@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -303,3 +304,77 @@ def _not_a_member(ranks: list[int]) -> InvalidValueError:
         got=f"rank {dist.get_rank()}, and a group of {', '.join(map(str, ranks))}",
         fix="pass the group or mesh that contains this rank; init_device_mesh over all ranks cuts them into such",
     )
+
+
+class PartGroups:
+    """Process groups of parts of pools of ranks: all ranks of the process group make all of them, each once.
+
+    torch lets ranks make a group without the others only where they have made equally many before, so here nobody is
+    left out.
+
+    Args:
+        pools: global ranks, as many in each pool, no rank twice; None is one pool of all ranks.
+
+    Raises:
+        InvalidValueError: no process group, pools that are none, or this rank in none.
+    """
+
+    def __init__(self, pools: Sequence[Sequence[int]] | None = None) -> None:
+        world = world_group()
+        self._pools = [range(world.size)] if pools is None else [_checked_pool(pool, world.size) for pool in pools]
+        every = [rank for pool in self._pools for rank in pool]
+        if not every or len(set(every)) < len(every) or len({len(pool) for pool in self._pools}) > 1:
+            raise InvalidValueError(
+                "pools must be of one size and share no rank",
+                got=f"sizes {[len(pool) for pool in self._pools]}, {len(set(every))} ranks",
+                fix="pass the rows of a mesh over all ranks, or None for one pool of all",
+            )
+        if world.rank not in every:
+            raise InvalidValueError(
+                "this rank is in no pool", got=f"rank {world.rank}", fix="pass pools that divide all ranks"
+            )
+        self._own = next(pool for pool in self._pools if world.rank in pool)
+        self.size, self.rank = len(self._own), self._own.index(world.rank)
+        self._made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def make(self, part: tuple[int, ...]) -> None:
+        """Make the group of a part in each pool, where that was not done before; all ranks call it in one order.
+
+        Args:
+            part: numbers of ranks in a pool, ascending, two at least.
+        """
+        if part in self._made:
+            return
+        for pool in self._pools:
+            ranks = [pool[number] for number in part]
+            if ranks == list(range(dist.get_world_size())):
+                group: Any = dist.group.WORLD
+            else:
+                group = dist.new_group(ranks)
+            if pool is self._own:
+                self._made[part] = group
+
+    def of(self, part: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of a part of this rank's pool; None for one rank alone.
+
+        Raises:
+            InvalidValueError: a part without this rank, or one that was not made.
+        """
+        if self.rank not in part:
+            raise InvalidValueError(
+                "this rank is not in the sub-group", got=f"{self.rank} and {part}", fix="ask for schedule.of_rank(rank)"
+            )
+        if len(part) > 1 and part not in self._made:
+            raise InvalidValueError(
+                "the sub-group was not made", got=f"ranks {part}", fix="let every rank prepare the schedule first"
+            )
+        return self._made[part] if len(part) > 1 else None
+
+
+def _checked_pool(pool: Sequence[int], ranks: int) -> list[int]:
+    numbers = [checked_count("a rank of a pool", rank) for rank in pool]
+    if any(rank >= ranks for rank in numbers) or numbers != sorted(set(numbers)):
+        raise InvalidValueError(
+            "a pool holds ranks that there are, each once, ascending", got=numbers, fix=f"ranks are 0 to {ranks - 1}"
+        )
+    return numbers

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cphandler.errors import UnsupportedError
+from cphandler.errors import InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.plan.matching import matchings
 from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, key_runs, visibility
@@ -45,6 +45,10 @@ STAGE, START, LENGTH = range(3)
 
 _COLUMNS = {"tasks": 7, "hops": 2, "stages": 2, "sends": 3, "receives": 3}
 """Tables of a plan and their widths, in the order in which they are packed."""
+
+
+_HEADER = 2 + len(_COLUMNS)
+"""Numbers in front of the packed tables: ranks, this rank, and the rows of each table."""
 
 
 def _empty(columns: int) -> Table:
@@ -143,15 +147,42 @@ class Plan:
 
     @classmethod
     def from_tensor(cls, packed: Tensor) -> Plan:
-        """The plan that :meth:`to_tensor` packed; its tables share the tensor's memory."""
-        values = packed.numpy()
-        header = 2 + len(_COLUMNS)
-        cp_size, rank, *rows = (int(value) for value in values[:header])
-        tables, start = [], header
+        """The plan that :meth:`to_tensor` packed, given whole or by :func:`head_of`; its tables share the memory.
+
+        Raises:
+            InvalidValueError: a head whose memory does not hold the plan.
+        """
+        cp_size, rank, *rows = (int(value) for value in packed[:_HEADER].tolist())
+        needed = _HEADER + sum(count * columns for count, columns in zip(rows, _COLUMNS.values(), strict=True))
+        values = (packed if len(packed) == needed else _behind(packed, needed)).numpy()
+        tables, start = [], _HEADER
         for count, columns in zip(rows, _COLUMNS.values(), strict=True):
             tables.append(values[start : start + count * columns].reshape(count, columns))
             start += count * columns
         return cls(cp_size, rank, *tables)
+
+
+def head_of(packed: Tensor) -> Tensor:
+    """The first numbers of a packed plan, over the same memory: one shape for all plans, as compiled graphs want it."""
+    with torch.inference_mode(mode=False):
+        head = torch.empty(0, dtype=packed.dtype)
+        head.set_(packed.untyped_storage(), 0, (_HEADER,), (1,))
+        return head
+
+
+def _behind(head: Tensor, needed: int) -> Tensor:
+    """The whole plan that a head is of.
+
+    Raises:
+        InvalidValueError: the head was copied, and its memory ends with it.
+    """
+    if head.untyped_storage().nbytes() < needed * head.itemsize:
+        raise InvalidValueError(
+            "a compiled block's plan was copied without what belongs to it",
+            got=f"{head.untyped_storage().nbytes() // head.itemsize} of {needed} numbers",
+            fix="let hooks on saved tensors leave int64 tensors as they are",
+        )
+    return head.as_strided((needed,), (1,))
 
 
 def _unpickled(cp_size: int, rank: int, *tables: Narrow) -> Plan:

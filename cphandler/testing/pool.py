@@ -105,7 +105,8 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "cphandler.testing.laws"])  # all but backends
+        # all but backends, and what torch loads by itself at the first call of an operator: seconds, in each rank
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "cphandler.testing.laws"])
         self._folder = tempfile.TemporaryDirectory(prefix="cphandler-ranks-")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
