@@ -93,13 +93,12 @@ def test_all_that_a_loop_may_have(tmp_path: Path) -> None:
     more = ["--mtp-depth", "2", "--loss", "sequence_mean_of_token_mean", "--compile", "aot_eager", "--backend", "ring"]
     out, report = run(["-m", "cphandler.demo", *options, *more, "--backend", "ulysses"], tmp_path)
     rows = report["runs"]
-    assert [row["name"] for row in rows] == ["one rank", "ring cp2", "ulysses cp2"] * 2
+    assert [row["name"] for row in rows] == ["one rank", "ring cp2", "ulysses cp2"]
     assert all(row["equal"] for row in rows)
-    for row in rows:
-        if row["name"] != "one rank":
-            assert len(row["sent_bytes_per_step"]) == 4
-            assert 0 < row["gradient_difference"] < (1e-6 if row["dtype"] == "float32" else 1e-12)
-            assert row["score_difference"] < 1e-5
+    for row in rows[1:]:
+        assert len(row["sent_bytes_per_step"]) == 4
+        assert 0 < row["gradient_difference"] < 1e-12
+        assert row["score_difference"] < 1e-12
     assert re.search(r"score +equal", out)
     assert "runs are slower than one rank" in out
 

@@ -71,13 +71,16 @@ class RunSettings:
 
     def handler(self, batch: dict[str, Any], group: dist.ProcessGroup | None) -> ContextParallelHandler:
         """The handler of one packed batch on the ranks of ``group``."""
-        return get_cp_handler_cls(self.backend, self.cp_comm_type)(
+        handler = get_cp_handler_cls(self.backend, self.cp_comm_type)(
             cp_group=group,
             qkv_format="thd",
             cu_seqlens_q=batch["cu_seqlens"],
             cu_seqlens_q_padded=batch["cu_seqlens_padded"],
             layout=self.layout,
         )
+        if self.compile:
+            handler.plan()  # so that a compiled layer meets no planning
+        return handler
 
 
 @dataclass
@@ -180,7 +183,7 @@ class _Run:
         self._sharded = settings.fsdp and group is not None
         if settings.compile:
             for layer in self.model.layers:
-                layer.compile(backend=settings.compile)
+                layer.compile(backend=settings.compile, fullgraph=True)
         if self._sharded:
             mesh = init_device_mesh(device.split(":", maxsplit=1)[0], (dist.get_world_size(),))
             for layer in self.model.layers:
