@@ -20,6 +20,7 @@ from cphandler import (
     CPError,
     Full,
     PackingCollator,
+    PrefixLM,
     check_same_batch,
     get_batch_on_this_cp_rank,
     get_cp_handler_cls,
@@ -88,6 +89,23 @@ def test_spawned_workers_too() -> None:
 def test_it_travels() -> None:
     collator = PackingCollator(2, token_budget=64, multiple_of=4, pad_token=7, mask=Causal(), layout="contiguous")
     assert same(pickle.loads(pickle.dumps(collator))(DATA[:3]), collator(DATA[:3]))
+
+
+def prefixes(batch: Any) -> PrefixLM:
+    """Half of each document is seen by all of it; nothing of the padding at the end."""
+    return PrefixLM(tuple((batch["cu_seqlens"].diff() // 2).tolist()))
+
+
+def test_a_mask_of_each_batch() -> None:
+    collator = PackingCollator(2, token_budget=40, mask=prefixes)
+    for documents in (DATA[:3], DATA[3:5]):
+        plan = pickle.loads(pickle.dumps(collator))(documents)["plan"]
+        wanted = PrefixLM((*(len(document["tokens"]) // 2 for document in documents), 0))
+        assert plan.mask == wanted
+        again = plan_batch(plan.documents.valid_offsets, 2, cu_seqlens_padded=plan.documents.offsets, mask=wanted)
+        assert (plan.bands == again.bands).all()
+    with pytest.raises(CPError, match="mask"):
+        PackingCollator(2, mask=len)(DATA[:2])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("options", "tokens"), [({}, 1), ({"pad_to_multiple_of": 8}, 8), ({"token_budget": 12}, 12)])

@@ -557,7 +557,9 @@ ROWS: dict[str, Row] = {
         {"rank": {"zero", "one"}, "cp_size": {"one"}, "tp_size": {"one"}},
     ),
     "ContextParallelSampler.set_epoch": Row(
-        cphandler.ContextParallelSampler(3, batch_size=1).set_epoch, lambda: {"epoch": 2}, {"epoch": WHOLE}
+        cphandler.ContextParallelSampler(3, batch_size=1).set_epoch,
+        lambda: {"epoch": 2, "first_batch": 1},
+        {"epoch": WHOLE, "first_batch": WHOLE},
     ),
     "SafetensorsStore": Row(cphandler.SafetensorsStore, lambda: {"folder": "nowhere"}, {"folder": {"a word"}}),
     "write_sample": Row(

@@ -79,6 +79,20 @@ def test_epochs_and_seeds(form: str) -> None:
     assert drawn(2, epoch=1, seed=0, **settings) != drawn(2, epoch=0, seed=1, **settings)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_that_goes_on(form: str) -> None:
+    sampler = ContextParallelSampler(53, group=Seat(1, 2), **FORMS[form])
+    sampler.set_epoch(4)
+    whole = list(sampler)
+    sampler.set_epoch(4, first_batch=3)
+    assert list(sampler) == whole[3:]
+    assert len(sampler) == len(whole) - 3
+    sampler.set_epoch(5)
+    assert list(sampler)[:3] != whole[:3]
+    sampler.set_epoch(4, first_batch=len(whole))
+    assert list(sampler) == []
+
+
 def test_the_order_of_a_data_set() -> None:
     assert drawn(1, shuffle=False, batch_size=20) == [[list(range(20)), list(range(20, 40)), list(range(40, 53))]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal
 
@@ -35,7 +35,9 @@ class PackingCollator:
         pad_to_multiple_of: for the batch.
         pad_token: of padding.
         layout: this and all that follows are as :func:`plan_batch` has them.
-        mask: the mask of most layers.
+        mask: of most layers; or, where it is another for each batch, a function that makes it from the packed batch. It
+            has an entry for the padding at the batch's end, too, if it has one for each document, and is the handler's
+            as ``mask=plan.mask``.
         cp_comm_type: how keys will reach queries.
         tile: for the balanced layout.
         kernel_cost: for the balanced layout.
@@ -55,7 +57,7 @@ class PackingCollator:
         pad_to_multiple_of: int = 1,
         pad_token: int = 0,
         layout: LayoutSpec = "zigzag",
-        mask: str | Mask = "causal",
+        mask: str | Mask | Callable[[Mapping[str, Any]], Mask] = "causal",
         cp_comm_type: str = "p2p",
         tile: int | None = None,
         kernel_cost: int = 0,
@@ -68,7 +70,7 @@ class PackingCollator:
             "pad_to_multiple_of": pad_to_multiple_of,
             "pad_token": pad_token,
         }
-        self._mask = make_mask(mask)
+        self._mask = _checked_mask(mask)
         self._planning: dict[str, Any] = {
             "layout": layout,
             "cp_comm_type": cp_comm_type,
@@ -93,5 +95,11 @@ class PackingCollator:
         if not len(batch["tokens"]):
             batch = pack_documents(documents, **packing | {"token_budget": packing["pad_to_multiple_of"]})
         offsets = batch["cu_seqlens"], batch["cu_seqlens_padded"]
-        plan = plan_batch(offsets[0], self.cp_size, cu_seqlens_padded=offsets[1], mask=self._mask, **self._planning)
+        mask = self._mask if isinstance(self._mask, Mask) else self._mask(batch)
+        plan = plan_batch(offsets[0], self.cp_size, cu_seqlens_padded=offsets[1], mask=mask, **self._planning)
         return {**batch, "plan": plan}
+
+
+def _checked_mask(mask: Any) -> Mask | Callable[[Mapping[str, Any]], Mask]:
+    """A mask, or a function that makes one; a class is neither."""
+    return mask if callable(mask) and not isinstance(mask, (Mask, type)) else make_mask(mask)

@@ -64,7 +64,7 @@ class ContextParallelSampler(Sampler[list[int]]):
         self.shuffle = checked_flag("shuffle", shuffle)
         self.drop_last = checked_flag("drop_last", drop_last)
         self.seed = checked_count("seed", seed)
-        self.epoch = 0
+        self.epoch = self.first_batch = 0
         if (batch_size is None) == (token_budget is None) or (token_budget is None) != (lengths is None):
             given = {"batch_size": batch_size, "token_budget": token_budget, "lengths": lengths}
             raise InvalidValueError(
@@ -121,14 +121,19 @@ class ContextParallelSampler(Sampler[list[int]]):
         place = _Place(rank // (cp_size * tp_size), world_size // (cp_size * tp_size))
         return cls(data, group=place, **settings)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, *, first_batch: int = 0) -> None:
         """Choose the order; to be called on all ranks before each epoch.
 
+        Args:
+            epoch: under a token budget the number of batches may be another in each.
+            first_batch: where to begin, for a run that goes on from a checkpoint: the batches that each rank has done.
+
         Raises:
-            InvalidTypeError: no int.
+            InvalidTypeError: no ints.
             InvalidValueError: below 0.
         """
         self.epoch = checked_count("epoch", epoch)
+        self.first_batch = checked_count("first_batch", first_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
         return (list(batch) for batch in self._own())
@@ -137,11 +142,11 @@ class ContextParallelSampler(Sampler[list[int]]):
         return len(self._own())
 
     def _own(self) -> list[list[int]]:
-        """This rank's batches of the epoch."""
+        """This rank's batches of the epoch that are still to come."""
         epoch = self.epoch if self.shuffle else 0
         if self._kept is None or self._kept[0] != epoch:
             self._kept = epoch, self._made(epoch)
-        return self._kept[1][self.dp_rank :: self.dp_size]
+        return self._kept[1][self.dp_rank :: self.dp_size][self.first_batch :]
 
     def _made(self, epoch: int) -> list[list[int]]:
         """The batches of all ranks, a multiple of their number."""
