@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -311,6 +312,18 @@ def test_damaged_files_are_not_used(tmp_path: Path) -> None:
     path.write_bytes((tmp_path / "one" / "rank-0.safetensors").read_bytes())
     with pytest.raises(InvalidValueError, match="is damaged"):
         read_sample(store, "one", planned(), rank=1)
+
+
+def test_files_with_other_tensors_are_not_used(tmp_path: Path) -> None:
+    store = SafetensorsStore(tmp_path)
+    write_sample(store, "one", {"ids": torch.arange(23)}, planned())
+    path, ids = tmp_path / "one" / "rank-1.safetensors", read_sample(store, "one", planned(), rank=1)["ids"]
+    for tensors in ({"ids": ids, "more": ids.clone()}, {"more": ids}):
+        save_file(tensors, path)
+        with pytest.raises(InvalidValueError, match="the shard of rank 1 of sample 'one' is damaged"):
+            read_sample(store, "one", planned(), rank=1)
+    save_file({"ids": ids}, path)
+    read_sample(store, "one", planned(), rank=1)
 
 
 def test_a_damaged_manifest_is_not_used(tmp_path: Path) -> None:
