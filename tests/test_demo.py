@@ -76,22 +76,9 @@ def test_runs_equal_one_rank(tmp_path: Path) -> None:
 
 def test_all_that_a_loop_may_have(tmp_path: Path) -> None:
     """Two batches in a step, sharded parameters, compiled layers, further tokens, another reduction, scores."""
-    options = [
-        "--steps",
-        "3",
-        "--exact-steps",
-        "2",
-        "--seq-len",
-        "150",
-        "--cp-size",
-        "2",
-        "--dp",
-        "2",
-        "--fsdp",
-        "--rl",
-    ]
-    more = ["--mtp-depth", "2", "--loss", "sequence_mean_of_token_mean", "--compile", "aot_eager", "--backend", "ring"]
-    out, report = run(["-m", "cphandler.demo", *options, *more, "--backend", "ulysses"], tmp_path)
+    options = "--steps 3 --dtype float64 --seq-len 150 --cp-size 2 --dp 2 --fsdp --rl --mtp-depth 2"
+    more = "--loss sequence_mean_of_token_mean --compile aot_eager --backend ring --backend ulysses"
+    out, report = run(["-m", "cphandler.demo", *options.split(), *more.split()], tmp_path)
     rows = report["runs"]
     assert [row["name"] for row in rows] == ["one rank", "ring cp2", "ulysses cp2"]
     assert all(row["equal"] for row in rows)
@@ -175,7 +162,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--backend", "carrier"], "unknown backend or comm type"),
-        (["--dtype", "int8"], "choose float32, float64 or bfloat16"),
+        (["--dtype", "int8"], "choose one of float32, float64, bfloat16"),
         (["--layout", "zigzag", "--layout", "diagonal"], "unknown layout"),
         (["--loss", "token_sum"], "unknown loss"),
         (["--compile", "gcc"], "unknown backend of torch.compile"),

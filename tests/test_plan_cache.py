@@ -75,7 +75,7 @@ def used(handler: Any) -> dict[str, Any]:
         "fragments": torch.stack([torch.from_numpy(np.array(column)) for column in handler.fragments]),
         "rows": handler.dispatch(tokens, 0, pad_value=-1),
         "order": handler.shards.queries.order(HOST).tokens,
-        "route": handler._route("q", -1, HOST).kept_sources,
+        "route": handler._route("q", (-1,), HOST).kept_sources,
     }
 
 
