@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cphandler import pack_documents
 from cphandler.handler.contract import ContextParallelHandler
@@ -143,6 +145,21 @@ def packed(lengths: Sequence[int], seed: int) -> dict[str, Any]:
         "position_ids": made["position_ids"],
     }
     return {key: value[None] for key, value in batch.items()} | {"cu_seqlens": made["cu_seqlens"]}
+
+
+def padded(batch: dict[str, Any], multiple: int) -> dict[str, Any]:
+    """The same documents, each padded at its end: pads hold tokens that would change the loss if anything read them."""
+    cuts = batch["cu_seqlens"].tolist()
+    lengths = [b - a for a, b in pairwise(cuts)]
+    physical = [-(-n // multiple) * multiple for n in lengths]
+    fill = {"tokens": 9, "labels": 9, "loss_mask": 0.0, "position_ids": 0}
+    made: dict[str, Any] = {}
+    for key, value in fill.items():
+        pieces = [batch[key][:, a:b] for a, b in pairwise(cuts)]
+        ends = [(0, m - n) for m, n in zip(physical, lengths, strict=True)]
+        made[key] = torch.cat([pad(x, end, value=value) for x, end in zip(pieces, ends, strict=True)], dim=1)
+    offsets = torch.tensor([0, *physical]).cumsum(0).to(torch.int32)
+    return made | {"cu_seqlens": batch["cu_seqlens"], "cu_seqlens_padded": offsets}
 
 
 def dense(rows: int, length: int, seed: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cphandler.testing import RankPool
 pytest.importorskip("megatron.core")
 
 from megatron.core import parallel_state
+from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
 from cphandler.integrations.megatron import (
@@ -24,6 +26,7 @@ from cphandler.integrations.megatron import (
     get_batch_on_this_cp_rank,
     handler_spec,
     packed_params,
+    roll_tensor,
     with_handlers,
 )
 from tests.integrations.gpt import (
@@ -36,6 +39,7 @@ from tests.integrations.gpt import (
     mean_over,
     megatron,
     packed,
+    padded,
     total_over,
 )
 
@@ -76,7 +80,8 @@ def handler_for(config: Any, batch: dict[str, Any], group: Any, **settings: Any)
 
     shape = {"max_seqlen_q": batch["tokens"].shape[1]}
     if "cu_seqlens" in batch:
-        shape = {"qkv_format": "thd", "cu_seqlens_q": batch["cu_seqlens"]}
+        physical = batch.get("cu_seqlens_padded")
+        shape = {"qkv_format": "thd", "cu_seqlens_q": batch["cu_seqlens"], "cu_seqlens_q_padded": physical}
     cls = cp_handler_cls(config, settings.pop("cp_comm_type", None))
     return cls(cp_group=group, config=cp_config(config), **shape, **settings)
 
@@ -108,6 +113,7 @@ def train_case(kind: str, cp_size: int, mtp: bool, settings: dict[str, Any], lay
         config = config_of(context_parallel_size=cp_size, mtp_num_layers=1 if mtp else None, **settings)
         model = with_handlers(gpt(config, handler_spec))
         batch = dense(ROWS, LENGTH, seed) if kind == "dense" else packed(LENGTHS, seed)
+        batch = padded(batch, 8) if kind == "padded" else batch
         handler = handler_for(config, batch, group, layout=layout, cp_comm_type=comm_type)
         loss = forward(model, batch, handler)
         loss.backward()
@@ -121,6 +127,7 @@ CASES = [
     ("packed", 2, True, {"cp_comm_type": "a2a"}, None),
     ("dense", 4, True, {"cp_comm_type": "all_gather"}, None),
     ("packed", 4, False, {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}, None),
+    ("padded", 2, True, {}, None),
     ("packed", 4, True, {"list": ["p2p", "ring"]}, "balanced"),
     (
         "packed",
@@ -136,6 +143,26 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_model_trains_like_one_rank(ranks: RankPool, case: tuple[Any, ...]) -> None:
     ranks.run(train_case, *case)
+
+
+def own_count_case() -> None:
+    """Megatron's own count on each rank: a mean of means, which the comparison above must see."""
+    seed = 3 + dist.get_rank() // 2
+    with megatron():
+        _, expected = reference("packed", True, seed)
+    with megatron(cp=2):
+        group = parallel_state.get_context_parallel_group()
+        model = with_handlers(gpt(config_of(context_parallel_size=2, mtp_num_layers=1), handler_spec))
+        batch = packed(LENGTHS, seed)
+        with patch.object(gpt_model, "roll_tensor", roll_tensor):
+            forward(model, batch, handler_for(model.config, batch, group)).backward()
+        found = mean_over(group, model)
+        with pytest.raises(AssertionError, match="own count: "):
+            assert_alike(found, expected, "own count", 1e-3)
+
+
+def test_the_comparison_sees_a_ranks_own_count(ranks: RankPool) -> None:
+    ranks.run(own_count_case)
 
 
 def in_flight_case() -> None:
