@@ -135,7 +135,7 @@ class CPDotProductAttention(MegatronModule):  # type: ignore[misc]
             value: alike, with head dim D_v.
             attention_mask: None, or, under a causal mask and none, what says the same once more and is not read, as in
                 TransformerEngine.
-            attn_mask_type: the layer's own where None. A handler whose mask is not the plain causal one overrules it.
+            attn_mask_type: the layer's own where None. A handler with a mask beyond causal and full overrules it.
             attention_bias: refused.
             packed_seq_params: of the micro-batch.
             num_splits: refused.
@@ -211,12 +211,12 @@ class CPDotProductAttention(MegatronModule):  # type: ignore[misc]
         )
 
     def _mask(self, mask_type: AttnMaskType, handler: ContextParallelHandler) -> Mask:
-        """The layer's mask where the batch has the plain causal one, else the batch's.
+        """The layer's mask where the batch's is plain, causal or full; else the batch's.
 
         Raises:
             UnsupportedError: both are special.
         """
-        if handler.mask != Causal():
+        if handler.mask not in (Causal(), Full()):
             if self.window is not None:
                 raise UnsupportedError(
                     f"layer {self.layer_number} has a window, and the batch a mask of its own",
