@@ -9,7 +9,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from cphandler.comm.groups import GroupSource
+from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.handler.factory import get_cp_handler_cls
@@ -141,7 +141,7 @@ def handler_from_params(
         max_seqlen_kv=params.max_seqlen_kv,
         local_cp_size=params.local_cp_size,
         **given,
-        **{"layout": mode if group is not None and group.size() > 1 else None, **arguments},
+        **{"layout": mode if resolve_group(group).size > 1 else None, **arguments},
     )
     return handler
 
