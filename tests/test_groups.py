@@ -144,3 +144,28 @@ def test_members_and_others(ranks: RankPool) -> None:
 
 def test_destroyed_meshes(ranks: RankPool) -> None:
     ranks.run(destroyed_meshes)
+
+
+class Config:
+    """What accelerate's ParallelismConfig has of a mesh."""
+
+    def __init__(self, cp_size: int) -> None:
+        self.cp_size = cp_size
+        self.device_mesh: Any = None
+
+    def build_device_mesh(self, device_type: str) -> Any:
+        return dist.init_device_mesh(device_type, (2, self.cp_size), mesh_dim_names=("dp_shard", "cp"))
+
+
+def config_case() -> None:
+    config = Config(2)
+    with pytest.raises(InvalidValueError, match=r"no ranks before its device mesh is built; got cp_size=2.*\"cp\""):
+        resolve_group(config)
+    config.device_mesh = config.build_device_mesh("cpu")
+    group = resolve_group(config)
+    assert (group.size, group.rank) == (2, dist.get_rank() % 2)
+    assert resolve_group(Config(1)).size == 1
+
+
+def test_a_config_with_its_mesh(ranks: RankPool) -> None:
+    ranks.run(config_case)

@@ -29,7 +29,16 @@ class GroupLike(Protocol):
         """This process's rank in it."""
 
 
-GroupSource: TypeAlias = "dist.ProcessGroup | DeviceMesh | GroupLike | None"
+class MeshConfig(Protocol):
+    """accelerate's ``ParallelismConfig``, whose device mesh has a dim ``cp`` once it is built."""
+
+    cp_size: Any
+
+    def build_device_mesh(self, device_type: str) -> Any:
+        """A mesh of all ranks."""
+
+
+GroupSource: TypeAlias = "dist.ProcessGroup | DeviceMesh | GroupLike | MeshConfig | None"
 """What ``cp_group=`` takes; a 2-D mesh is (outer, inner) and serves only ``a2a+p2p``."""
 
 
@@ -79,7 +88,8 @@ def resolve_group(cp_group: GroupSource, *, two_level: bool = False, timeout: fl
     """Size, rank and name of a group, a device mesh, or None for one rank.
 
     Args:
-        cp_group: a process group, a 1-D mesh, something with a size and a rank, or None.
+        cp_group: a process group, a 1-D mesh, accelerate's ``ParallelismConfig`` with its mesh, something with a size
+            and a rank, or None.
         two_level: also take a 2-D (outer, inner) mesh, as the group of all its ranks.
         timeout: seconds that an operation under this name waits for a rank; None leaves it to the group.
 
@@ -111,6 +121,10 @@ def _resolved(cp_group: GroupSource, two_level: bool) -> CPGroup:
     if cp_group is None:
         return CPGroup(1, 0, "", None)
     source: Any = cp_group
+    if hasattr(source, "build_device_mesh") and hasattr(source, "cp_size"):
+        source = _mesh_of_config(source)
+        if source is None:
+            return CPGroup(1, 0, "", None)
     if hasattr(source, "get_group") and hasattr(source, "mesh_dim_names"):
         return _resolve_mesh(source, two_level=two_level)
     if isinstance(source, dist.ProcessGroup):
@@ -128,6 +142,24 @@ def _resolved(cp_group: GroupSource, two_level: bool) -> CPGroup:
         got=f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__,
         fix=_A_GROUP,
     )
+
+
+def _mesh_of_config(config: Any) -> Any:
+    """The ``cp`` dim of the mesh that accelerate built from a ``ParallelismConfig``; None where ``cp_size`` is 1.
+
+    A config names no ranks. They come with its mesh, which is built for a device, by ``Accelerator`` or by
+    ``config.get_device_mesh(device_type)``, and is kept in the config.
+    """
+    if config.cp_size == 1:
+        return None
+    mesh = getattr(config, "device_mesh", None)
+    if mesh is None:
+        raise InvalidValueError(
+            "a ParallelismConfig has no ranks before its device mesh is built",
+            got=f"cp_size={config.cp_size} and no mesh",
+            fix='call config.get_device_mesh("cuda") first, or pass config.build_device_mesh("cuda")["cp"]',
+        )
+    return mesh["cp"]
 
 
 def _resolve_mesh(mesh: DeviceMesh, *, two_level: bool) -> CPGroup:

@@ -52,9 +52,10 @@ class ContextParallelHandler(ABC):
     L is the number of local rows, S (or T) of global tokens, N of query heads, D the head dim.
 
     Args:
-        cp_group: the ranks that share each sequence: a process group, a 1-D device mesh, or None for one rank. A class
-            of two levels (:attr:`two_level`: ``a2a+p2p``, ``a2a+ring``, lists with one of them) also takes the 2-D
-            (outer, inner) device mesh of its two groups.
+        cp_group: the ranks that share each sequence: a process group, a 1-D device mesh, accelerate's
+            ``ParallelismConfig`` once it has its mesh, or None for one rank. A class of two levels (:attr:`two_level`:
+            ``a2a+p2p``, ``a2a+ring``, lists with one of them) also takes the 2-D (outer, inner) device mesh of its two
+            groups.
         qkv_format: ``"sbhd"``, ``"bshd"`` or ``"thd"``.
         cu_seqlens_q: ``thd``: ``[D + 1]`` offsets of the valid tokens, global, before any split over ranks.
         cu_seqlens_kv: the same for the keys of cross attention, document i of the queries with document i of the keys;

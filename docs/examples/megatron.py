@@ -1,0 +1,33 @@
+"""A pretraining script for Megatron-Core with a handler for each micro-batch; all else stays Megatron's."""
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+from cphandler.integrations import megatron as cp
+
+
+def model_provider(config, **arguments):
+    """The model, of Megatron's own layers."""
+    return cp.with_handlers(GPTModel(config, cp.handler_spec(get_gpt_layer_local_spec()), **arguments))
+
+
+def get_batch(iterator, config):
+    """A packed batch of whole documents, the same on every context-parallel rank, cut to this rank's rows."""
+    batch = dict(next(iterator))
+    handler = cp.cp_handler_cls(config)(
+        cp_group=parallel_state.get_context_parallel_group(),
+        qkv_format="thd",
+        cu_seqlens_q=batch.pop("cu_seqlens"),
+        config=cp.cp_config(config),
+    )
+    return cp.get_batch_on_this_cp_rank(batch, cp_handler=handler), cp.packed_params(handler)
+
+
+def forward_step(iterator, model):
+    """This rank's part of the loss of one micro-batch."""
+    batch, params = get_batch(iterator, model.config)
+    tokens, positions, labels, mask = (batch[key] for key in ("tokens", "position_ids", "labels", "loss_mask"))
+    losses = model(tokens, positions, None, labels=labels, loss_mask=mask, packed_seq_params=params)
+    # Megatron averages gradients over ranks: so divided, the average is the mean over the batch's tokens.
+    return (losses * mask).sum() / cp.batch_tokens(mask.sum(), params)
