@@ -22,6 +22,7 @@ from cphandler.testing.pool import partition_group
 from tests.integrations.families import batch_of, build
 
 transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
 states = pytest.importorskip("accelerate.state")
 
 
@@ -161,6 +162,38 @@ def test_training_goes_on_from_a_checkpoint(two_ranks: RankPool, tmp_path: Path)
         path.rename(tmp_path / "last")
     for got in two_ranks.run(trained_on_rank, "packed", str(tmp_path), saving | {"resume": True}):
         check_equal(got, wanted)
+
+
+def by_accelerate(folder: str) -> list[float]:
+    """A model that is not parallelized, where accelerate's configuration has a "cp" dim."""
+    rows = [{name: x[0] for name, x in batch_of("packed", seed, rows=1).items()} for seed in range(4)]
+    with launched():
+        config = accelerate.ParallelismConfig(cp_size=2)
+        told = transformers.TrainingArguments(
+            folder,
+            max_steps=2,
+            report_to=[],
+            use_cpu=True,
+            logging_steps=1,
+            parallelism_config=config,
+            save_strategy="no",
+        )
+        trainer = huggingface.Trainer(build("llama"), told, train_dataset=rows, data_collator=collated)
+        trainer.train()
+        assert trainer.accelerator.parallelism_config is None
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_parallelism_config_parallelizes_the_model(two_ranks: RankPool, tmp_path: Path) -> None:
+    rows = [{name: x[0] for name, x in batch_of("packed", seed, rows=1).items()} for seed in range(4)]
+    told = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, logging_steps=1, save_strategy="no"
+    )
+    trainer = transformers.Trainer(build("llama"), told, train_dataset=rows, data_collator=collated)
+    trainer.train()
+    wanted = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for losses in two_ranks.run(by_accelerate, str(tmp_path)):
+        assert losses == pytest.approx(wanted, rel=1e-5)
 
 
 def refused(folder: str) -> None:
