@@ -13,7 +13,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -61,10 +63,12 @@ def _patches() -> dict[str, Any]:
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": lambda _, *given, **named: _norm(
             *given, **named
         ),
+        "megatron.core.transformer.multi_latent_attention.HAVE_TE": False,  # True without it, and its classes None
         f"{states}.get_cuda_rng_tracker": _NoTracker,
         f"{states}._get_cuda_rng_state": lambda *_, **__: None,
         f"{states}._set_cuda_rng_state": lambda *_, **__: None,
         f"{rotary}.rotary_pos_embedding.get_pos_emb_on_this_cp_rank": zigzag_rows,
+        f"{rotary}.yarn_rotary_pos_embedding.get_pos_emb_on_this_cp_rank": zigzag_rows,
         "megatron.core.transformer.dot_product_attention.tensor_parallel.get_cuda_rng_tracker": _NoTracker,
         f"{rotary}.language_model_embedding.tensor_parallel.get_cuda_rng_tracker": _NoTracker,
         "megatron.core.transformer.multi_token_prediction.tensor_parallel.get_cuda_rng_tracker": _NoTracker,
@@ -85,8 +89,21 @@ def megatron(*, tp: int = 1, cp: int = 1) -> Iterator[None]:
         yield
 
 
+MLA = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+    "rope_type": "rope",
+    "num_query_groups": 4,
+}
+
+
 def config_of(**settings: Any) -> Any:
-    return TransformerConfig(
+    if settings.get("multi_latent_attention"):
+        settings = MLA | settings
+    return (MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig)(
         **{
             "num_layers": 2,
             "hidden_size": 32,
@@ -107,7 +124,7 @@ def config_of(**settings: Any) -> Any:
 
 def gpt(config: Any, spec: Callable[[Any], Any] = lambda spec: spec, **arguments: Any) -> Any:
     """A GPTModel from the local spec; the same weights for the same seed, whatever the ranks."""
-    layer = spec(get_gpt_layer_local_spec())
+    layer = spec(get_gpt_layer_local_spec(multi_latent_attention=config.multi_latent_attention))
     mtp = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False) if config.mtp_num_layers else None
     torch.manual_seed(7)
     model = GPTModel(
@@ -121,6 +138,26 @@ def gpt(config: Any, spec: Callable[[Any], Any] = lambda spec: spec, **arguments
     )
     randomize(model)
     return model
+
+
+class DenseAttention(MegatronModule):
+    """Causal attention over a score matrix: Megatron's own for CPUs has no value channels of their own."""
+
+    def __init__(self, config: Any, layer_number: int, *_: Any, softmax_scale: float, **__: Any) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **_: Any) -> Tensor:
+        scores = torch.einsum("sbnd,tbnd->bnst", query, key) * self.softmax_scale
+        weights = scores.masked_fill(mask, float("-inf")).softmax(-1)
+        return torch.einsum("bnst,tbnd->sbnd", weights, value).flatten(2)
+
+
+def dense_spec(layer: Any) -> Any:
+    """A spec of multi-latent attention over :class:`DenseAttention`; other specs as they are."""
+    if layer.submodules.self_attention.module is MLASelfAttention:
+        layer.submodules.self_attention.submodules.core_attention = DenseAttention
+    return layer
 
 
 def randomize(model: Any) -> None:

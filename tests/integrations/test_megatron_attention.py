@@ -205,8 +205,10 @@ def refusals_case() -> None:
 
 
 def refused_models() -> None:
-    with pytest.raises(UnsupportedError, match="SelfAttention; got MLASelfAttention"):
-        handler_spec(get_gpt_layer_local_spec(multi_latent_attention=True))
+    linear = get_gpt_layer_local_spec()
+    linear.submodules.self_attention.module = torch.nn.Linear
+    with pytest.raises(UnsupportedError, match="SelfAttention or MLASelfAttention; got Linear"):
+        handler_spec(linear)
     with pytest.raises(InvalidTypeError, match="with_handlers takes a GPTModel"):
         with_handlers(torch.nn.Linear(1, 1))
     theirs = gpt(config_of())

@@ -34,6 +34,7 @@ from tests.integrations.gpt import (
     causal_mask,
     config_of,
     dense,
+    dense_spec,
     gpt,
     loss_of,
     mean_over,
@@ -49,14 +50,16 @@ ROWS, LENGTH = 2, 19
 
 
 @lru_cache
-def reference(kind: str, mtp: bool, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(
+    kind: str, mtp: bool, seed: int, model_settings: tuple[tuple[str, Any], ...] = ()
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of Megatron's own model and attention on one rank; packed: one document at a time.
 
     To be called where Megatron is set up for one rank: that is a collective, and what is remembered is not.
     """
-    model = gpt(config_of(mtp_num_layers=1 if mtp else None))
-    batch = dense(ROWS, LENGTH, seed) if kind == "dense" else packed(LENGTHS, seed)
-    parts = [batch] if kind == "dense" else _documents(batch)
+    model = gpt(config_of(mtp_num_layers=1 if mtp else None, **dict(model_settings)), dense_spec)
+    batch = batch_of(kind, seed)
+    parts = _documents(batch) if "cu_seqlens" in batch else [batch]
     number, shares = batch["loss_mask"].sum(), [part["loss_mask"][:, 1:].sum() for part in parts]
     losses = []
     for part, share in zip(parts, shares, strict=True):
@@ -69,6 +72,12 @@ def reference(kind: str, mtp: bool, seed: int) -> tuple[Tensor, dict[str, Tensor
         losses.append(loss.detach())
     MTPLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     return torch.stack(losses).sum(), mean_over(None, model)
+
+
+def batch_of(kind: str, seed: int) -> dict[str, Any]:
+    if kind in ("dense", "even"):
+        return dense(ROWS, LENGTH if kind == "dense" else 16, seed)
+    return packed(LENGTHS, seed)
 
 
 def _documents(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -86,8 +95,8 @@ def handler_for(config: Any, batch: dict[str, Any], group: Any, **settings: Any)
     return cls(cp_group=group, config=cp_config(config), **shape, **settings)
 
 
-def forward(model: Any, batch: dict[str, Any], handler: Any) -> Tensor:
-    """One micro-batch: the local part of the loss."""
+def forward(model: Any, batch: dict[str, Any], handler: Any, *, carried: bool = True) -> Tensor:
+    """One micro-batch: the local part of the loss; without a handler in its parameters Megatron cuts and turns."""
 
     local = get_batch_on_this_cp_rank(batch, cp_handler=handler)
     out = model(
@@ -96,26 +105,26 @@ def forward(model: Any, batch: dict[str, Any], handler: Any) -> Tensor:
         None,
         labels=local["labels"],
         loss_mask=local["loss_mask"],
-        packed_seq_params=packed_params(handler),
+        packed_seq_params=packed_params(handler) if carried else None,
     )
     share = total_over(handler, local["loss_mask"].sum()) / handler.cp_size
     return loss_of(out, local["loss_mask"], share)
 
 
 def train_case(kind: str, cp_size: int, mtp: bool, settings: dict[str, Any], layout: str | None = None) -> None:
-
     comm_type = settings.pop("list", None)
+    described = tuple((name, settings[name]) for name in ("multi_latent_attention", "rope_type") if name in settings)
     seed = 3 + dist.get_rank() // cp_size
     with megatron():
-        expected, expected_grads = reference(kind, mtp, seed)
+        expected, expected_grads = reference(kind, mtp, seed, described)
     with megatron(cp=cp_size):
         group = parallel_state.get_context_parallel_group()
         config = config_of(context_parallel_size=cp_size, mtp_num_layers=1 if mtp else None, **settings)
         model = with_handlers(gpt(config, handler_spec))
-        batch = dense(ROWS, LENGTH, seed) if kind == "dense" else packed(LENGTHS, seed)
+        batch = batch_of(kind, seed)
         batch = padded(batch, 8) if kind == "padded" else batch
         handler = handler_for(config, batch, group, layout=layout, cp_comm_type=comm_type)
-        loss = forward(model, batch, handler)
+        loss = forward(model, batch, handler, carried=kind != "even")
         loss.backward()
         total = total_over(handler, loss) / cp_size
         assert torch.allclose(total, expected, rtol=1e-5), f"{total} for {expected}"
@@ -128,6 +137,10 @@ CASES = [
     ("dense", 4, True, {"cp_comm_type": "all_gather"}, None),
     ("packed", 4, False, {"cp_comm_type": "a2a+p2p", "hierarchical_context_parallel_sizes": [2, 2]}, None),
     ("padded", 2, True, {}, None),
+    ("packed", 1, True, {}, None),
+    ("even", 2, False, {"cp_comm_type": "all_gather"}, None),
+    ("dense", 2, False, {"multi_latent_attention": True}, None),
+    ("packed", 2, True, {"multi_latent_attention": True, "rope_type": "yarn"}, "balanced"),
     ("packed", 4, True, {"list": ["p2p", "ring"]}, "balanced"),
     (
         "packed",

@@ -13,6 +13,7 @@ from cphandler.errors import MissingPackageError
 
 if TYPE_CHECKING:
     from cphandler.integrations.megatron.attention import CPDotProductAttention as CPDotProductAttention
+    from cphandler.integrations.megatron.attention import CPMLASelfAttention as CPMLASelfAttention
     from cphandler.integrations.megatron.attention import CPSelfAttention as CPSelfAttention
     from cphandler.integrations.megatron.batch import get_batch_on_this_cp_rank as get_batch_on_this_cp_rank
     from cphandler.integrations.megatron.batch import get_thd_batch_on_this_cp_rank as get_thd_batch_on_this_cp_rank
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from cphandler.integrations.megatron.views import context_parallel_batch as context_parallel_batch
 
 _MODULES = {
-    "attention": ("CPDotProductAttention", "CPSelfAttention"),
+    "attention": ("CPDotProductAttention", "CPMLASelfAttention", "CPSelfAttention"),
     "batch": ("get_batch_on_this_cp_rank", "get_thd_batch_on_this_cp_rank"),
     "comm_types": ("cp_config", "cp_handler_cls"),
     "model": ("with_handlers",),

@@ -9,6 +9,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _ya
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from cphandler.handler.factory import get_cp_handler_cls
 from cphandler.integrations.megatron.comm_types import DEFAULT, cp_config
 from cphandler.integrations.megatron.parameters import HandlerParams, handler_from_params, handler_of
 from cphandler.integrations.megatron.process_groups import context_parallel_group, tensor_parallel_group
-from cphandler.integrations.megatron.rope import rotated
+from cphandler.integrations.megatron.rope import RotaryRows, rotated
 from cphandler.tokens.masks import Causal, Full, Mask, SlidingWindow
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -260,6 +261,15 @@ class CPDotProductAttention(MegatronModule):  # type: ignore[misc]
         )
 
 
+def _check_training(handler: ContextParallelHandler | None, inference_context: object) -> None:
+    if handler is not None and inference_context is not None:
+        raise UnsupportedError(
+            "a handler belongs to a training batch, and this is a call of an inference engine",
+            got=type(inference_context).__name__,
+            fix="generate without a handler, on a model whose context_parallel_size is 1",
+        )
+
+
 class CPSelfAttention(SelfAttention):  # type: ignore[misc]
     """Megatron's self attention, whose rope is the handler's.
 
@@ -285,12 +295,7 @@ class CPSelfAttention(SelfAttention):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """As ``Attention.forward``; ``rotary_pos_emb`` are the angles of local rows where there is a handler."""
         if isinstance(packed_seq_params, HandlerParams) and packed_seq_params.handler is not None:
-            if inference_context is not None:
-                raise UnsupportedError(
-                    "a handler belongs to a training batch, and this is a call of an inference engine",
-                    got=type(inference_context).__name__,
-                    fix="generate without a handler, on a model whose context_parallel_size is 1",
-                )
+            _check_training(packed_seq_params.handler, inference_context)
             if rotary_pos_emb is not None and not self._has_no_rope():
                 rows = rotary_pos_emb if isinstance(rotary_pos_emb, tuple) else (rotary_pos_emb, rotary_pos_emb)
                 scale = _yarn_get_concentration_factor_from_config(self.config)
@@ -315,3 +320,43 @@ class CPSelfAttention(SelfAttention):  # type: ignore[misc]
     def _has_no_rope(self) -> bool:
         skipped = self.config.no_rope_freq
         return bool(skipped and skipped[self.layer_number - 1])
+
+
+class CPMLASelfAttention(MLASelfAttention):  # type: ignore[misc]
+    """Megatron's multi-latent attention, whose angles are those of this rank's rows.
+
+    It turns queries and keys itself, before core attention. For that one call its rotary embedding is one that knows
+    the micro-batch's handler; packed rows go through it as a batch of one, which is what their local rows are.
+    """
+
+    rotary_pos_emb: Any
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        packed_seq_params: Any = None,
+        inference_context: Any = None,
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """As Megatron's; micro-batches without a handler go Megatron's way."""
+        handler, make = handler_of(packed_seq_params), super().get_query_key_value_tensors
+        _check_training(handler, inference_context)
+        named: dict[str, Any] = {"inference_context": inference_context, **options}
+        if handler is None:
+            made: tuple[Tensor, ...] = make(hidden_states, key_value_states, position_ids, packed_seq_params, **named)
+            return made
+        if self.config.apply_rope_fusion:
+            raise UnsupportedError(
+                "the fused rope of multi-latent attention cuts its table itself",
+                got="apply_rope_fusion=True",
+                fix="set it to False",
+            )
+        own = self.rotary_pos_emb
+        self.rotary_pos_emb = RotaryRows(own, handler)
+        try:
+            made = make(hidden_states, key_value_states, position_ids, None, **named)
+        finally:
+            self.rotary_pos_emb = own
+        return tuple(x.squeeze(1) for x in made) if handler.qkv_format == "thd" else made

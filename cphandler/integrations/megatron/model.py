@@ -13,9 +13,10 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from torch.nn import Module
 
 from cphandler.errors import InvalidTypeError, UnsupportedError
-from cphandler.integrations.megatron.attention import CPDotProductAttention, CPSelfAttention
+from cphandler.integrations.megatron.attention import CPDotProductAttention
 from cphandler.integrations.megatron.roll import MEGATRONS, roll_and_count, roll_tensor
 from cphandler.integrations.megatron.rope import HandledRotary, handled_rotary_cls
+from cphandler.integrations.megatron.spec import REPLACED
 
 M = TypeVar("M", bound=Module)
 
@@ -86,7 +87,8 @@ def _check_attention(model: Module) -> None:
     for layer in (layer for block in blocks for layer in block.layers):
         inner = getattr(layer, "transformer_layer", layer)
         attention = getattr(inner, "self_attention", inner)
-        served = isinstance(attention, CPSelfAttention) and isinstance(attention.core_attention, CPDotProductAttention)
+        own = isinstance(attention, tuple(REPLACED.values()))
+        served = own and isinstance(attention.core_attention, CPDotProductAttention)
         if not served:
             raise UnsupportedError(
                 f"{names[id(attention)]} is not an attention that computes by a handler",

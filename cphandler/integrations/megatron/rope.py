@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cphandler.errors import InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler, FreqsMode
@@ -75,6 +75,35 @@ class _TableLength(int):
     handler: ContextParallelHandler
 
 
+def _local_rows(made: Any, handler: ContextParallelHandler) -> Any:
+    """A table, or Megatron's pair of a table and YaRN's factor, with this rank's rows alone."""
+    table, *others = made if isinstance(made, tuple) else (made,)
+    rows = handler.get_emb_on_this_cp_rank(table)
+    return (rows, *others) if others else rows
+
+
+class RotaryRows(nn.Module):
+    """A rotary embedding for one call: the angles of the rows that this rank has of one micro-batch.
+
+    Args:
+        rotary: Megatron's.
+        handler: the micro-batch's.
+    """
+
+    def __init__(self, rotary: Any, handler: ContextParallelHandler) -> None:
+        super().__init__()
+        self.rotary, self.handler = rotary, handler
+
+    def get_rotary_seq_len(self, *_: Any, **__: Any) -> int:
+        """Rows of the whole table."""
+        return self.handler.get_rotary_seq_len()
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Any:
+        """Angles ``[L, 1, 1, R]``, and YaRN's factor where Megatron gives one."""
+        del packed_seq, cp_group
+        return _local_rows(self.rotary(max_seq_len, offset, True, None), self.handler)
+
+
 class HandledRotary:
     """In front of Megatron's rotary embeddings: a micro-batch with a handler gets the angles of this rank's rows."""
 
@@ -103,9 +132,7 @@ class HandledRotary:
         if not isinstance(max_seq_len, _TableLength):
             return super().forward(max_seq_len, offset, packed_seq, cp_group)  # type: ignore[misc]
         made = super().forward(int(max_seq_len), offset, True, None)  # type: ignore[misc] # packed: the whole table
-        table, *others = made if isinstance(made, tuple) else (made,)
-        rows = max_seq_len.handler.get_emb_on_this_cp_rank(table)
-        return (rows, *others) if others else rows
+        return _local_rows(made, max_seq_len.handler)
 
 
 @cache
