@@ -178,6 +178,35 @@ def test_the_comparison_sees_a_ranks_own_count(ranks: RankPool) -> None:
     ranks.run(own_count_case)
 
 
+def per_token_case() -> None:
+    """``calculate_per_token_loss``: sums of losses, and gradients summed over ranks, to be divided by all tokens."""
+    settings = {"calculate_per_token_loss": True, "mtp_num_layers": 1}
+    batch = packed(LENGTHS, 3 + dist.get_rank() // 2)
+    with megatron():
+        whole = gpt(config_of(**settings))
+        for part in _documents(batch):
+            mask = causal_mask(part["tokens"].shape[1])
+            named = {"labels": part["labels"], "loss_mask": part["loss_mask"]}
+            loss_of(whole(part["tokens"], part["position_ids"], mask, **named), part["loss_mask"], 1.0).backward()
+        expected = mean_over(None, whole)
+    with megatron(cp=2):
+        group = parallel_state.get_context_parallel_group()
+        model = with_handlers(gpt(config_of(context_parallel_size=2, **settings), handler_spec))
+        handler = handler_for(model.config, batch, group)
+        local = get_batch_on_this_cp_rank(batch, cp_handler=handler)
+        named = {
+            "labels": local["labels"],
+            "loss_mask": local["loss_mask"],
+            "packed_seq_params": packed_params(handler),
+        }
+        loss_of(model(local["tokens"], local["position_ids"], None, **named), local["loss_mask"], 1.0).backward()
+        assert_alike({name: 2 * grad for name, grad in mean_over(group, model).items()}, expected, "sums")
+
+
+def test_sums_over_tokens(ranks: RankPool) -> None:
+    ranks.run(per_token_case)
+
+
 def in_flight_case() -> None:
     """Two pipeline stages in one process: forward A, forward B, backward A, backward B; then B's layout is another."""
     seeds = [3 + dist.get_rank() // 2, 13 + dist.get_rank() // 2]
