@@ -411,7 +411,8 @@ class LayoutHandler(ContextParallelHandler):
             rolled = cleared(rolled, dim + 1, valid, fill_value)
         if isinstance(shifts, int):
             return rolled[0], summed(rolled[0]) if return_sum else None
-        return rolled.contiguous(), torch.stack([summed(one) for one in rolled.unbind()]) if return_sum else None
+        rolled = rolled.contiguous()
+        return rolled, torch.stack([summed(one) for one in rolled.unbind()]) if return_sum else None
 
     def _route(self, stream: str, shifts: tuple[int, ...], device: torch.device) -> RollRoute:
         shard = self.shards[stream]
