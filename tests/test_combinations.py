@@ -93,7 +93,7 @@ class Dense:
     def rope(self, x: Tensor, freqs: Tensor) -> Tensor:
         return dense_rope(x, freqs[:, : freqs.shape[-1] // 2], seq_dim=0)
 
-    def core_attn(self, module: None, *qkv: Tensor) -> Tensor:
+    def core_attn(self, module: None, *qkv: Tensor, layer_number: int | None = None) -> Tensor:
         return dense_attention(*qkv, self.visible, qkv_format="thd")[0]
 
 
