@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cphandler import CoreAttention, CPConfig, Full, Mask, SlidingWindow, clear_plan_cache, get_cp_handler_cls
+from cphandler import CoreAttention, CPConfig, Full, Mask, PrefixLM, SlidingWindow, clear_plan_cache, get_cp_handler_cls
 from cphandler.testing import RankPool, dense_attention, partition_group, visible_pairs
 from cphandler.testing.cases import Batch, Case, documents_of
 from tests.test_combinations import HEAD_DIM, WIDTH, Dense, Layer, offsets
@@ -148,6 +148,36 @@ def test_options_and_formats(name: str, form: str) -> None:
     for result, found in zip(results[:2], grads[:2], strict=True):
         torch.testing.assert_close(result, results[2], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found, grads[2], rtol=1e-9, atol=1e-9)
+
+
+def with_masks() -> dict[str, list[dict[str, Any]]]:
+    """Batches of one shape, and what differs from one to the next."""
+    packed = {"qkv_format": "thd", "cu_seqlens_q": [0, 5, 24]}
+    real = [torch.arange(12) < torch.tensor([[12], [valid]]) for valid in (3, 7)]
+    return {
+        "numbers of a mask": [{"mask": PrefixLM((2, 3)), **packed}, {"mask": PrefixLM((3, 9)), **packed}],
+        "the mask": [{"mask": Full(), **packed}, {"mask": SlidingWindow(3), **packed}],
+        "padding": [{"qkv_format": "bshd", "max_seqlen_q": 12, "key_padding_mask": rows} for rows in real],
+    }
+
+
+@pytest.mark.parametrize("what", with_masks())
+def test_what_differs_between_batches_is_not_compiled_again(what: str) -> None:
+    torch._dynamo.reset()
+    block, counter = Block(None, {}).double(), CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(block, backend=counter, fullgraph=True)
+    results = []
+    for settings in with_masks()[what]:
+        handler = get_cp_handler_cls("local")(**settings)
+        handler.plan()
+        torch.manual_seed(2)
+        x = torch.randn(*((24,) if what != "padding" else (2, 12)), WIDTH, dtype=torch.float64, requires_grad=True)
+        results.append(fast(x, handler))
+        torch.testing.assert_close(results[-1], block(x, handler), rtol=1e-9, atol=1e-9)
+        grads = [torch.autograd.grad(made.square().sum(), x) for made in (results[-1], block(x, handler))]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(*results)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("comm_type", [None, ["ring", "ulysses"]], ids=["alike", "by layer"])
