@@ -293,6 +293,9 @@ class Attention:
 
     def plans(self, call: AttentionCall) -> Plans:
         """The plans of a call's attention; made once per batch."""
+        if call.prepared is not None:
+            made: Plans = call.prepared.plans
+            return made
         return self._plans_for(get_kernel(call.kernel, call.q.device.type).takes_prefix)
 
     def _plans_for(self, ordered: bool) -> Plans:
