@@ -277,6 +277,18 @@ def test_a_wrong_shape_is_refused_by_a_compiled_block_too(what: str) -> None:
         fast(**tensors | SHAPES[what])
 
 
+@pytest.mark.parametrize(("backend", "one_graph"), [("p2p", True), ("ulysses", False)])
+def test_where_the_handler_works_elsewhere(backend: str, one_graph: bool) -> None:
+    """Metadata and group on the host say nothing of the model: only what is kept on a device must be where it is."""
+    torch._dynamo.reset()
+    handler = get_cp_handler_cls(backend)(qkv_format="thd", cu_seqlens_q=[0, 5, 24])
+    handler.device = torch.device("meta")
+    handler.plan()
+    block, x = Block(None, {}).double(), torch.randn(24, WIDTH).double()
+    fast = torch.compile(block, backend="eager", fullgraph=one_graph)
+    torch.testing.assert_close(fast(x, handler), block(x, handler))
+
+
 def test_a_copied_plan_is_refused() -> None:
     """Hooks on saved tensors may put copies in their place, and a compiled graph saves the head of a plan alone."""
     torch._dynamo.reset()
