@@ -22,7 +22,7 @@ GPU_JSON ?= gpu-check.json
 WORKERS ?= 2
 
 .PHONY: help demo test test-all test-integrations fuzz check format lint types build gpu-extras
-.PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning blocks clean
+.PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning dynamic blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -129,6 +129,10 @@ precision: $(VENV)/installed
 ## make planning  what layouts move and how level they are, on honest document lengths
 planning: $(VENV)/installed
 	$(BIN)/python -m benchmarks.planning $(BENCH)
+
+## make dynamic   sub-groups of dynamic context parallelism beside balanced; BENCH="--steps 5" times a step of both
+dynamic: $(VENV)/installed
+	$(BIN)/python -m benchmarks.dynamic $(BENCH)
 
 ## make options   what each option of attention costs, on one rank
 options: $(VENV)/installed

@@ -93,7 +93,7 @@ class Dense:
     def rope(self, x: Tensor, freqs: Tensor) -> Tensor:
         return dense_rope(x, freqs[:, : freqs.shape[-1] // 2], seq_dim=0)
 
-    def core_attn(self, module: None, *qkv: Tensor) -> Tensor:
+    def core_attn(self, module: None, *qkv: Tensor, layer_number: int | None = None) -> Tensor:
         return dense_attention(*qkv, self.visible, qkv_format="thd")[0]
 
 
@@ -162,6 +162,7 @@ class Combination:
         order: ``"alternating"`` forward and backward; ``"one backward"`` of all losses; ``"pipeline"``: all forward,
             then all backward in the same order.
         recompute: activation checkpointing, reentrant or not.
+        compiled: whether each layer is compiled, without a graph break, before it is sharded.
         dtype: of everything.
         factor: on each loss, in place of the right one.
         local_means: whether each rank's mean over its own tokens is taken for the loss.
@@ -177,6 +178,7 @@ class Combination:
     batches: tuple[str, ...] = ("any",)
     order: str = "alternating"
     recompute: bool | None = None
+    compiled: bool = False
     dtype: torch.dtype = torch.float64
     factor: float | None = None
     local_means: bool = False
@@ -230,6 +232,10 @@ def wrapped(case: Combination, mesh: CPMesh) -> nn.Module:
         for layer in model.layers:
             rows = {name: RowwiseParallel() for name in ("output", "down")}
             parallelize_module(layer, mesh.tp, {**{name: kind() for name, kind in SHARDED.items()}, **rows})
+    if case.compiled:
+        torch._dynamo.reset()
+        for number, layer in enumerate(model.layers):
+            model.layers[number] = torch.compile(layer, backend="aot_eager", fullgraph=True)
     if case.reducer in ("fsdp", "hsdp"):
         over = mesh.dp_cp if case.reducer == "fsdp" else mesh.hybrid
         for layer in model.layers:
@@ -274,6 +280,7 @@ def step(case: Combination, model: nn.Module, mesh: CPMesh) -> Tensor:
             handler = handler_cls(
                 cp_group=group, qkv_format="thd", cu_seqlens_q=offsets(batch.lengths), layout=case.layout
             )
+            handler.plan()
             loss = loss_of(case, model, batch, handler, total)
             losses = losses + loss.detach()
             waiting.append(factor * loss)
@@ -291,7 +298,8 @@ def gradients(case: Combination, model: nn.Module, mesh: CPMesh) -> dict[str, Te
     """Whole gradients after reduction, by the model's own names."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
     found = {}
-    for name, parameter in module.named_parameters():
+    for given, parameter in module.named_parameters():
+        name = given.replace("_orig_mod.", "")
         assert parameter.grad is not None, f"{name} has no gradient"
         grad = parameter.grad
         if case.reducer == "sum":
@@ -335,6 +343,9 @@ COMBINATIONS: dict[str, Combination] = {
     "the order of a pipeline, ulysses": Combination(backend="ulysses", order="pipeline", **FLIGHT),
     "the order of a pipeline, fully_shard, checkpointing": Combination(
         reducer="fsdp", order="pipeline", recompute=False, **FLIGHT
+    ),
+    "compiled layers, fully_shard, checkpointing, two batches in flight": Combination(
+        reducer="fsdp", backend="p2p", recompute=False, compiled=True, order="one backward", **FLIGHT
     ),
     "tensor parallel 2 x cp 2, ring": Combination(1, 2, 2, **FLIGHT),
     "tensor parallel 2 x cp 2, ulysses": Combination(1, 2, 2, backend="ulysses"),

@@ -5,7 +5,8 @@ Results are those of a dense score matrix on one rank, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cphandler import CoreAttention, CPConfig, Full, Mask, SlidingWindow, get_cp_handler_cls
+from cphandler import CoreAttention, CPConfig, Full, Mask, PrefixLM, SlidingWindow, clear_plan_cache, get_cp_handler_cls
 from cphandler.testing import RankPool, dense_attention, partition_group, visible_pairs
 from cphandler.testing.cases import Batch, Case, documents_of
 from tests.test_combinations import HEAD_DIM, WIDTH, Dense, Layer, offsets
@@ -26,7 +27,13 @@ def angles(rows: int) -> Tensor:
     return torch.arange(rows).double()[:, None] * torch.tensor([1.0, 0.3, 0.1] * 2).double()
 
 
-def compiled(backend: str, size: int, layout: str | None, compiler: str) -> tuple[int, float] | None:
+OTHER_LENGTHS = ([32], [20, 10], [1, 24], [41], [13, 5])
+"""Even and odd ones, so that some ranks have a pad row."""
+
+
+def compiled(
+    backend: str, size: int, layout: str | None, compiler: str, packings: Sequence[list[int]] = PACKINGS
+) -> tuple[int, float] | None:
     """How often a layer was compiled, and how far it is off at most."""
     group = partition_group([range(size)])
     if group is None:
@@ -36,7 +43,7 @@ def compiled(backend: str, size: int, layout: str | None, compiler: str) -> tupl
     layer, counter = Layer().double(), CompileCounterWithBackend(compiler)
     fast = torch.compile(layer, backend=counter, fullgraph=True)
     apart = 0.0
-    for number, lengths in enumerate(PACKINGS):
+    for number, lengths in enumerate(packings):
         generator = torch.Generator().manual_seed(number)
         x, grad = (torch.randn(sum(lengths), WIDTH, generator=generator).double() for _ in range(2))
         handler = get_cp_handler_cls(backend)(
@@ -52,7 +59,8 @@ def compiled(backend: str, size: int, layout: str | None, compiler: str) -> tupl
         found = list(torch.autograd.grad(out, [local, *layer.parameters()], handler.dispatch(grad, 0)))
         for part in found[1:]:
             torch.distributed.all_reduce(part, group=group)
-        pairs = [(out, handler.dispatch(expected, 0)), (found[0], handler.dispatch(wanted[0], 0))]
+        real = handler.valid_mask
+        pairs = [(out[real], handler.dispatch(expected, 0)[real]), (found[0], handler.dispatch(wanted[0], 0))]
         pairs += zip(found[1:], wanted[1:], strict=True)
         apart = max(apart, *(float((a - b).abs().max() / b.abs().max()) for a, b in pairs))
     return counter.frame_count, apart
@@ -74,6 +82,15 @@ def test_a_block_is_compiled_once(ranks: RankPool, backend: str, size: int, layo
     assert len(answers) == size
     for times, apart in answers:
         assert times == 1
+        assert apart < 1e-10
+
+
+@pytest.mark.parametrize(("backend", "size", "most"), [("ring", 2, 2), ("ulysses", 2, 4)])
+def test_other_lengths_become_a_symbol(ranks: RankPool, backend: str, size: int, most: int) -> None:
+    """Under Ulysses rows are put in order where there is a pad row, which is a graph of its own."""
+    answers = ranks.run(compiled, backend, size, None, "aot_eager", OTHER_LENGTHS)
+    for times, apart in (answer for answer in answers if answer is not None):
+        assert times <= most
         assert apart < 1e-10
 
 
@@ -101,6 +118,7 @@ OPTIONS: dict[str, tuple[CoreAttention | None, dict[str, Any], dict[str, Any]]] 
     "a window of the handler's": (None, {}, {"mask": SlidingWindow(4)}),
     "scale and cap of the call's": (None, {"softmax_scale": 0.3, "softcap": 2.0, "layer_number": 3}, {}),
     "the log-sum-exp": (None, {"return_lse": True}, {}),
+    "the largest score": (CoreAttention(record_max_logit=True), {"return_lse": True, "return_max_logit": True}, {}),
     "a named kernel": (None, {}, {"config": CPConfig(kernel="reference", deterministic=True)}),
     "dropout that is off": (CoreAttention(dropout_p=0.3).eval(), {}, {}),
 }
@@ -130,6 +148,56 @@ def test_options_and_formats(name: str, form: str) -> None:
     for result, found in zip(results[:2], grads[:2], strict=True):
         torch.testing.assert_close(result, results[2], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(found, grads[2], rtol=1e-9, atol=1e-9)
+
+
+def with_masks() -> dict[str, list[dict[str, Any]]]:
+    """Batches of one shape, and what differs from one to the next."""
+    packed = {"qkv_format": "thd", "cu_seqlens_q": [0, 5, 24]}
+    real = [torch.arange(12) < torch.tensor([[12], [valid]]) for valid in (3, 7)]
+    return {
+        "numbers of a mask": [{"mask": PrefixLM((2, 3)), **packed}, {"mask": PrefixLM((3, 9)), **packed}],
+        "the mask": [{"mask": Full(), **packed}, {"mask": SlidingWindow(3), **packed}],
+        "padding": [{"qkv_format": "bshd", "max_seqlen_q": 12, "key_padding_mask": rows} for rows in real],
+    }
+
+
+@pytest.mark.parametrize("what", with_masks())
+def test_what_differs_between_batches_is_not_compiled_again(what: str) -> None:
+    torch._dynamo.reset()
+    block, counter = Block(None, {}).double(), CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(block, backend=counter, fullgraph=True)
+    results = []
+    for settings in with_masks()[what]:
+        handler = get_cp_handler_cls("local")(**settings)
+        handler.plan()
+        torch.manual_seed(2)
+        x = torch.randn(*((24,) if what != "padding" else (2, 12)), WIDTH, dtype=torch.float64, requires_grad=True)
+        results.append(fast(x, handler))
+        torch.testing.assert_close(results[-1], block(x, handler), rtol=1e-9, atol=1e-9)
+        grads = [torch.autograd.grad(made.square().sum(), x) for made in (results[-1], block(x, handler))]
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(*results)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("comm_type", [None, ["ring", "ulysses"]], ids=["alike", "by layer"])
+def test_handlers_that_are_gone_before_the_backward_pass(comm_type: list[str] | None) -> None:
+    """Forward passes of several batches, then all backward passes, of which only the graphs hold the plans."""
+    torch._dynamo.reset()
+    block, counter = Block(None, {"layer_number": 2}).double(), CompileCounterWithBackend("aot_eager")
+    fast, waiting = torch.compile(block, backend=counter, fullgraph=True), []
+    for rows in (24, 30, 18, 41):
+        handler = get_cp_handler_cls("local", comm_type)(qkv_format="thd", cu_seqlens_q=[0, 5, rows])
+        handler.plan()
+        x = torch.randn(rows, WIDTH, dtype=torch.float64, requires_grad=True)
+        right = torch.autograd.grad(block(x, Dense([5, rows - 5])).square().sum(), x)
+        waiting.append((x, fast(x, handler).square().sum(), right))
+        del handler
+        clear_plan_cache()
+        gc.collect()
+    for x, loss, right in waiting:
+        torch.testing.assert_close(torch.autograd.grad(loss, x), right, rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 2, "a length, and then a symbol for it"
 
 
 def self_made(block: Block, x: Tensor, form: str, mask: Mask | None) -> Tensor:
@@ -207,6 +275,18 @@ def test_a_wrong_shape_is_refused_by_a_compiled_block_too(what: str) -> None:
     fast(**tensors)
     with pytest.raises(Exception, match=r"do not have the handler's rows|must share one dtype"):
         fast(**tensors | SHAPES[what])
+
+
+@pytest.mark.parametrize(("backend", "one_graph"), [("p2p", True), ("ulysses", False)])
+def test_where_the_handler_works_elsewhere(backend: str, one_graph: bool) -> None:
+    """Metadata and group on the host say nothing of the model: only what is kept on a device must be where it is."""
+    torch._dynamo.reset()
+    handler = get_cp_handler_cls(backend)(qkv_format="thd", cu_seqlens_q=[0, 5, 24])
+    handler.device = torch.device("meta")
+    handler.plan()
+    block, x = Block(None, {}).double(), torch.randn(24, WIDTH).double()
+    fast = torch.compile(block, backend="eager", fullgraph=one_graph)
+    torch.testing.assert_close(fast(x, handler), block(x, handler))
 
 
 def test_a_copied_plan_is_refused() -> None:

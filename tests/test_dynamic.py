@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from benchmarks.dynamic import quality
+from benchmarks.packs import packs
 from cphandler import (
     DocumentSchedule,
     InvalidTypeError,
@@ -95,6 +98,17 @@ def test_memory_makes_micro_batches() -> None:
     schedule = assign_documents(lengths, 4, max_tokens=max(room, -(-max(lengths) // 4)))
     assert len(schedule.micro_batches) >= 3
     assert len(assign_documents(lengths, 4, num_micro_batches=5).micro_batches) == 5
+
+
+def test_beside_balanced_on_honest_lengths() -> None:
+    """The page's row of eight ranks."""
+    found = [[quality(lengths, 8, way) for lengths in packs("pile", 8)] for way in ("balanced", "sub-groups")]
+    balanced, groups = ([round(sum(column) / 16, 3) for column in zip(*way, strict=True)] for way in found)
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    worst = max(each.level for each in found[1])
+    cells = [f"{balanced[0]:.3f}", f"{balanced[1]:.3f}", f"{balanced[2]:.2f}", f"{groups[0]:.3f}"]
+    cells = ["8", *(cell.removeprefix("0") for cell in cells), f"{groups[1]:.3f} ({worst:.3f})", f"{groups[2]:.2f}"]
+    assert f"| {' | '.join(cells)} |" in page
 
 
 GOOD: dict[str, Any] = {"lengths": [5, 3], "num_ranks": 2}

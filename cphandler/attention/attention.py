@@ -81,14 +81,18 @@ class Prepared(NamedTuple):
         plans: where it is from; says how keys reach the queries.
         indices: see :class:`Indices`.
         heads: the split of the heads around attention, where the algorithm has one.
-        device: where the tensors of a call must be.
+        device: where the tensors of a call must be; None where all of this is on the host.
     """
 
     plan: Tensor
     plans: Plans
     indices: Indices
     heads: Any
-    device: torch.device
+    device: torch.device | None
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether tensors may be on a device."""
+        return self.device is None or self.device == device
 
 
 class Attention:
@@ -114,7 +118,7 @@ class Attention:
     def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
         self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
         self._plans: dict[bool, Plans] = {}
-        self._prepared_own: Prepared | None = None
+        self._prepared_own: tuple[Prepared, ...] = ()
         self._prepared_others: tuple[tuple[Mask, Prepared], ...] = ()
         check_kernel_name(host.config.kernel)
         if exchange:
@@ -174,22 +178,23 @@ class Attention:
         self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments
     ) -> AttentionCall | None:
         """A call as a compiler can trace it, over what :meth:`plan` prepared; None where that is not enough."""
-        prepared = self._prepared_for(options.get("mask"))
+        prepared = self._prepared_for(options.get("mask"), tensors[0].device)
         own_module = attn_mod is not None and not isinstance(attn_mod, CoreAttention)
         drops = bool(options.get("dropout_p")) or (isinstance(attn_mod, CoreAttention) and attn_mod.drops(options))
-        if prepared is None or own_module or drops or tensors[0].device != prepared.device:
+        if prepared is None or own_module or drops:
             return None
         call = AttentionCall.traced(attn_mod, tensors, AttentionOptions.checked(options), self._rules, self.host.mask)
         self._check_capabilities(call)
         self.check_call(call)
         return call._replace(kernel=OPEN + self.host.config.kernel, prepared=prepared)
 
-    def _prepared_for(self, mask: Mask | str | None) -> Prepared | None:
-        if mask is None:
-            return self._prepared_own
-        wanted = make_mask(mask)
-        for known, prepared in self._prepared_others:
-            if type(known) is type(wanted) and known == wanted:
+    def _prepared_for(self, mask: Mask | str | None, device: torch.device) -> Prepared | None:
+        wanted = None if mask is None else make_mask(mask)
+        for known, prepared in self._prepared_others if wanted is not None else ():
+            if type(known) is type(wanted) and known == wanted and prepared.serves(device):
+                return prepared
+        for prepared in self._prepared_own if wanted is None else ():
+            if prepared.serves(device):
                 return prepared
         return None
 
@@ -274,15 +279,21 @@ class Attention:
             UnsupportedError: a mask or a layout that no plan can be made of.
         """
         self.capabilities.require_mask(self.name, mask, crossing=self.host.shards.is_crossing)
-        device = self.host.device
-        plans = self._plans_for(likely_kernel(self.host.config.kernel, device.type).takes_prefix)
-        indices = Indices(plans.places(device))
-        prepared = Prepared(head_of(plans.plan(mask)), plans, indices, self.head_parallel(device), device)
+        devices = [self.host.device]
+        if devices[0].type == "cpu" and torch.cuda.is_initialized():  # metadata on the host say nothing of the model
+            devices.append(torch.device("cuda", torch.cuda.current_device()))
+        prepared = tuple(self._prepare(mask, device) for device in devices)
         if mask is self.host.mask:
             self._prepared_own = prepared
-        others = [(known, kept) for known, kept in self._prepared_others if known is not mask]
-        self._prepared_others = (*others, (mask, prepared))
+        others = [pair for pair in self._prepared_others if pair[0] is not mask]
+        self._prepared_others = (*others, *((mask, one) for one in prepared))
         _ = self._rules  # looked up here, since a compiler would have to trace how they are made
+
+    def _prepare(self, mask: Mask, device: torch.device) -> Prepared:
+        plans = self._plans_for(likely_kernel(self.host.config.kernel, device.type).takes_prefix)
+        indices, heads = Indices(plans.places(device)), self.head_parallel(device)
+        anywhere = indices.places is None and heads is None
+        return Prepared(head_of(plans.plan(mask)), plans, indices, heads, None if anywhere else device)
 
     def head_parallel(self, device: torch.device) -> Any:
         """The split of the heads around attention, for an algorithm that has one; None by default.
@@ -293,6 +304,9 @@ class Attention:
 
     def plans(self, call: AttentionCall) -> Plans:
         """The plans of a call's attention; made once per batch."""
+        if call.prepared is not None:
+            made: Plans = call.prepared.plans
+            return made
         return self._plans_for(get_kernel(call.kernel, call.q.device.type).takes_prefix)
 
     def _plans_for(self, ordered: bool) -> Plans:

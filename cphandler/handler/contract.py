@@ -182,8 +182,9 @@ class ContextParallelHandler(ABC):
     def plan(self, mask: str | Mask | None = None) -> None:
         """Make, or find, what attention under a mask needs, so that the first call under it does not wait for it.
 
-        A loop calls it early, on any thread, while the device computes. Nothing is sent, and nothing depends on it:
-        :meth:`core_attn` plans by itself what was not planned. A class that leaves planning to its engine does nothing.
+        A loop calls it early, on any thread, while the device computes. Nothing is sent, and nothing depends on it but
+        a block compiled without graph breaks: :meth:`core_attn` plans by itself what was not planned. A class that
+        leaves planning to its engine does nothing.
 
         Args:
             mask: as the ``mask`` option of :meth:`core_attn`; None for the handler's own.

@@ -8,6 +8,7 @@ cannot do it (TransformerEngine), and where a collective of few ranks is worth m
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -202,15 +203,14 @@ def _divided(
     One of all ranks is level and fits, so that this ends.
     """
     mean = sum(work[i] for i in batch) / limits.ranks
-    groups = _started(batch, lengths, work, limits)
-    while len(groups) > 1:
-        over = [group for group in groups if not limits.fits(group.tokens, group.size)]
-        fullest = max(over or groups, key=lambda group: (group.work / group.size, -group.documents[0]))
-        if not over and fullest.work / fullest.size <= (1 + limits.slack) * mean:
+    seeds, rest = _started(batch, lengths, work, limits)
+    while True:
+        groups = _filled(seeds, rest, limits)
+        two = _to_join(groups, mean, limits)
+        if two is None:
             break
-        others = [group for group in groups if group is not fullest]
-        emptiest = min(others, key=lambda group: (group.work / group.size, group.documents[0]))
-        groups = [group for group in others if group is not emptiest] + [_joined(fullest, emptiest)]
+        others = [seed for i, seed in enumerate(seeds) if i not in two]
+        seeds = [*others, _joined(seeds[two[0]], seeds[two[1]])]
     placed, first = [], 0
     for group in sorted(groups, key=lambda group: (-group.size, group.documents[0])):
         placed.append(replace(group, first=first))
@@ -218,36 +218,61 @@ def _divided(
     return tuple(placed)
 
 
-def _started(batch: Sequence[int], lengths: Sequence[int], work: Sequence[float], limits: _Limits) -> list[SubGroup]:
-    """Long documents alone on as many ranks as their work and memory ask for, the others whole on single ranks."""
+def _started(
+    batch: Sequence[int], lengths: Sequence[int], work: Sequence[float], limits: _Limits
+) -> tuple[list[SubGroup], list[SubGroup]]:
+    """Long documents alone on as many ranks as their work and memory ask for, single ranks with one, and the rest."""
     mean = sum(work[i] for i in batch) / limits.ranks
-    groups: list[SubGroup] = []
-    rest, left = [], limits.ranks
+    seeds: list[SubGroup] = []
+    rest: list[SubGroup] = []
+    left = limits.ranks
     for document in batch:  # the heaviest first
         needed = 1 if limits.tokens is None else -(-lengths[document] // limits.tokens)
         wanted = max(needed, math.ceil(work[document] / mean / (1 + limits.slack)))
-        if wanted > 1 and left > 0:
-            size = min(wanted, left)
-            groups.append(SubGroup(0, size, (document,), lengths[document], work[document]))
-            left -= size
-        else:
-            rest.append(document)
-    alone, rest = rest[:left], rest[left:]
-    groups += [SubGroup(0, 1, (i,), lengths[i], work[i]) for i in alone]
-    for _ in range(limits.ranks - sum(group.size for group in groups)):  # more ranks than documents
-        fullest = max(range(len(groups)), key=lambda i: (groups[i].work / groups[i].size, -i))
-        groups[fullest] = replace(groups[fullest], size=groups[fullest].size + 1)
-    return _with_the_rest(groups, [SubGroup(0, 0, (i,), lengths[i], work[i]) for i in rest], limits)
+        size = min(wanted, left)
+        one = SubGroup(0, size, (document,), lengths[document], work[document])
+        (seeds if size else rest).append(one)
+        left -= size
+    for _ in range(left):  # more ranks than documents
+        fullest = max(range(len(seeds)), key=lambda i: (seeds[i].work / seeds[i].size, -i))
+        seeds[fullest] = replace(seeds[fullest], size=seeds[fullest].size + 1)
+    return seeds, rest
 
 
-def _with_the_rest(groups: list[SubGroup], rest: Sequence[SubGroup], limits: _Limits) -> list[SubGroup]:
+def _filled(seeds: Sequence[SubGroup], rest: Sequence[SubGroup], limits: _Limits) -> list[SubGroup]:
     """Each document of the rest, the heaviest first, to the ranks of least work that have memory for it."""
+    work, tokens = [seed.work for seed in seeds], [seed.tokens for seed in seeds]
+    given: list[list[int]] = [[*seed.documents] for seed in seeds]
+    least = [(work[i] / seed.size, i) for i, seed in enumerate(seeds)]
+    heapq.heapify(least)
     for one in rest:
-        fitting = [i for i, group in enumerate(groups) if limits.fits(group.tokens + one.tokens, group.size)]
-        loads = {i: (groups[i].work + one.work) / groups[i].size for i in fitting or range(len(groups))}
-        taken = min(loads, key=lambda i: (loads[i], i))
-        groups[taken] = _joined(groups[taken], one)
-    return groups
+        full = []
+        while least and not limits.fits(tokens[least[0][1]] + one.tokens, seeds[least[0][1]].size):
+            full.append(heapq.heappop(least))
+        if not least:  # nobody has room: one goes over, and is joined to others
+            least, full = full, []
+        _, taken = heapq.heappop(least)
+        work[taken] += one.work
+        tokens[taken] += one.tokens
+        given[taken] += one.documents
+        for entry in (*full, (work[taken] / seeds[taken].size, taken)):
+            heapq.heappush(least, entry)
+    documents = [tuple(sorted(numbers)) for numbers in given]
+    return [SubGroup(0, seed.size, documents[i], tokens[i], work[i]) for i, seed in enumerate(seeds)]
+
+
+def _to_join(groups: Sequence[SubGroup], mean: float, limits: _Limits) -> tuple[int, int] | None:
+    """The fullest sub-group and the emptiest, of work or of rows; None where all are level and fit, or there is one."""
+    if len(groups) == 1:
+        return None
+    rows = [group.tokens / group.size for group in groups]
+    load = [group.work / group.size for group in groups]
+    fits = all(limits.fits(group.tokens, group.size) for group in groups)
+    if fits and max(load) <= (1 + limits.slack) * mean:
+        return None
+    by = load if fits else rows
+    fullest = max(range(len(groups)), key=lambda i: (by[i], -i))
+    return fullest, min((i for i in range(len(groups)) if i != fullest), key=lambda i: (by[i], i))
 
 
 def _joined(one: SubGroup, other: SubGroup) -> SubGroup:
