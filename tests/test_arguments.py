@@ -106,7 +106,10 @@ STRANGE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "True for a dim": (lambda h: h.combine(torch.zeros(7), True), "sequence dim must be an int; got True"),
     "no dim": (lambda h: h.combine(torch.zeros(7), None), "sequence dim must be an int; got None"),
     "a dim by name": (lambda h: h.roll_tensor(torch.zeros(7), dims="seq"), "must be an int; got 'seq'"),
-    "shifts by name": (lambda h: h.roll_tensor(torch.zeros(7), "one"), "shifts must be an int; got 'one'; pass -1"),
+    "shifts by name": (
+        lambda h: h.roll_tensor(torch.zeros(7), "one"),
+        "shifts must be an int, or a list or tuple of them; got 'one'; pass -1",
+    ),
     "sparse": (
         lambda h: h.dispatch(torch.eye(13).to_sparse(), 0),
         r"must be a dense tensor; got torch.sparse_coo; call to_dense\(\)",
