@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -186,15 +187,20 @@ def train_with_progress(settings: RunSettings, batches: list[dict[str, Any]], gr
 
 def train_on_pool(settings: RunSettings, batches: list[dict[str, Any]]) -> RunResult:
     """A run on all ranks of a pool."""
-    return train_with_progress(settings, batches, groups_of(settings), "cpu")
+    return train_with_progress(settings, batches, groups_of(settings, partition_group), "cpu")
 
 
-def groups_of(settings: RunSettings) -> Groups:
-    """This rank's context-parallel and data-parallel group, neighbours in the first; None for those of one rank."""
+def groups_of(settings: RunSettings, make: Callable[[list[range]], dist.ProcessGroup | None]) -> Groups:
+    """This rank's context-parallel and data-parallel group, neighbours in the first; None for those of one rank.
+
+    Args:
+        settings: say how many ranks share a batch.
+        make: makes this rank's group from those of all.
+    """
     cp, world = settings.cp_size, dist.get_world_size()
     context = [range(start, start + cp) for start in range(0, world, cp)]
     data = [range(place, world, cp) for place in range(cp)]
-    return partition_group(context) if cp > 1 else None, partition_group(data) if world > cp else None
+    return make(context) if cp > 1 else None, make(data) if world > cp else None
 
 
 class LocalRanks:
@@ -233,6 +239,17 @@ class TorchrunRanks:
         on_gpu = torch.cuda.is_available()
         self._device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
         self._backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        self._groups: dict[tuple[range, ...], dist.ProcessGroup | None] = {}
+
+    def _group(self, parts: list[range]) -> dist.ProcessGroup | None:
+        """This rank's group of a division of the ranks, made once."""
+        if len(parts) == 1:
+            return dist.group.WORLD
+        key = tuple(parts)
+        if key not in self._groups:
+            made = [dist.new_group([*part], timeout=timedelta(seconds=RUN_LIMIT)) for part in parts]
+            self._groups[key] = next(x for x, part in zip(made, parts, strict=True) if dist.get_rank() in part)
+        return self._groups[key]
 
     def __enter__(self) -> None:
         if self._device != "cpu":
@@ -253,6 +270,7 @@ class TorchrunRanks:
         # A group's threads end with the last reference to it, and one that lets go of a tensor while Python shuts down
         # ends the process by SIGABRT. Handlers refer to themselves, and hold the group until they are collected.
         del self._pulse
+        self._groups.clear()
         gc.collect()
         dist.destroy_process_group()
 
@@ -265,7 +283,7 @@ class TorchrunRanks:
             return results
         shared = [batches]
         dist.broadcast_object_list(shared, src=0)
-        result = train_with_progress(settings, shared[0], groups_of(settings), self._device)
+        result = train_with_progress(settings, shared[0], groups_of(settings, self._group), self._device)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, result)
         return gathered
