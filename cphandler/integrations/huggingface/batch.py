@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.comm.consistency import digest
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.integrations.huggingface.settings import Settings
@@ -158,6 +159,15 @@ class GlobalBatch:
         """Where the tokens are."""
         rows: Tensor = next(self.arguments[name] for name in ROWS if name in self.arguments)
         return rows.device
+
+    def digest(self) -> str:
+        """A few characters for each tensor of numbers, which differ where it differs: all ranks hold the same."""
+        tensors = {name: x for name, x in self.arguments.items() if isinstance(x, Tensor) and name in CUT}
+        return ", ".join(
+            f"{name} {digest(x.cpu().contiguous().numpy().tobytes())}"
+            for name, x in tensors.items()
+            if not x.is_floating_point()
+        )
 
     @cached_property
     def positions(self) -> Tensor | None:
