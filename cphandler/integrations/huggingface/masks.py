@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from cphandler.errors import UnsupportedError
 from cphandler.tokens.masks import Causal, Chunked, Full, Mask, SlidingWindow
 
 _ORIGIN = "transformers.masking_utils"
@@ -22,6 +21,10 @@ _PARTS = {
     "chunked_overlay": ("chunk", "chunk_size"),
 }
 """What a mask is made of, by the name of the function that makes it, and the variable that holds its number."""
+
+
+class _UnknownError(Exception):
+    """A mask function that is not known; says which."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def mask_of(function: Callable[..., Any]) -> Mask | RefusedMask:
     """
     try:
         found = dict(_parts(function))
-    except UnsupportedError as error:
+    except _UnknownError as error:
         return RefusedMask(str(error))
     kinds = frozenset(found)
     window, sides = found.get("window", 0), found.get("both_sides", 0)
@@ -63,7 +66,7 @@ def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, int]]:
     """What a mask function is the intersection of.
 
     Raises:
-        UnsupportedError: a function that is not known.
+        _UnknownError: a function that is not known.
     """
     name, inner = _maker(function)
     if name == "and_masks":
@@ -75,19 +78,19 @@ def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, int]]:
         kind, variable = _PARTS[name]
         yield kind, int(inner[variable]) if variable else 0
     elif name not in _OF_THE_BATCH:
-        raise UnsupportedError(f"a mask made with {name}")
+        raise _UnknownError(f"a mask made with {name}")
 
 
 def _maker(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     """Name of the function of transformers that made a mask function, and the variables it was made with.
 
     Raises:
-        UnsupportedError: it was made elsewhere.
+        _UnknownError: it was made elsewhere.
     """
     qualified = getattr(function, "__qualname__", type(function).__name__)
     module = getattr(function, "__module__", "")
     if module != _ORIGIN:
-        raise UnsupportedError(f"a mask made with {module}.{qualified}")
+        raise _UnknownError(f"a mask made with {module}.{qualified}")
     cells = getattr(function, "__closure__", None) or ()
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     return qualified.split(".")[0], {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
