@@ -266,7 +266,8 @@ class ParallelForward:
         if self._gathers():
             values |= self._gathered(values, batch, given.arguments.get("logits_to_keep", 0))
         made = type(output)(**values)
-        return made if given.arguments.get("return_dict", True) else made.to_tuple()
+        named = given.arguments.get("return_dict", getattr(self.model.config, "return_dict", True))
+        return made if named else made.to_tuple()
 
     def _check_called(self, batch: BatchOnRank) -> None:
         missing = [name for name in self.layers if name not in batch.called]
