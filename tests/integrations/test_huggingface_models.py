@@ -206,7 +206,10 @@ def packed_in_other_words(how: str) -> None:
         "offsets and positions": {"cu_seq_lens_q": offsets, "position_ids": positions},
         "numbers": {"seq_idx": numbers},
         "embeddings": {"position_ids": positions},
+        "shifted labels": {"position_ids": positions},
     }[how]
+    if how == "shifted labels":
+        more["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
     model = parallelize(build("llama"), all_ranks(), backend="p2p")
     if how == "embeddings":
         more["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
@@ -216,7 +219,7 @@ def packed_in_other_words(how: str) -> None:
     check_gradients(over_ranks(gradients_of(model), all_ranks()), wanted.gradients)
 
 
-@pytest.mark.parametrize("how", ["offsets", "offsets and positions", "numbers", "embeddings"])
+@pytest.mark.parametrize("how", ["offsets", "offsets and positions", "numbers", "embeddings", "shifted labels"])
 def test_packed_rows_in_other_words(ranks: RankPool, how: str) -> None:
     ranks.run(packed_in_other_words, how)
 

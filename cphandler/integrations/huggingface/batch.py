@@ -127,6 +127,10 @@ class GlobalBatch:
                 "a parallelized model has no cache of keys and values", got="use_cache=True", fix="leave it out"
             )
         for name, value in self.arguments.items():
+            if name in CUT and not isinstance(value, Tensor):
+                raise InvalidTypeError(
+                    f"{name} must be a tensor of the whole batch", got=type(value).__name__, fix="pass [B, S]"
+                )
             if not isinstance(value, Tensor) or name in PACKING or name in ("num_items_in_batch", "logits_to_keep"):
                 continue
             if name not in CUT:
@@ -220,7 +224,7 @@ class GlobalBatch:
         found: dict[str, Table] = {}
         for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
             if name in self.arguments:
-                table = checked_offsets(self.arguments[name].reshape(-1), name)
+                table = checked_offsets(torch.as_tensor(self.arguments[name]).reshape(-1), name)
                 if table[-1] != rows * length:
                     raise InvalidValueError(
                         f"{name} must end at the number of tokens",
@@ -229,7 +233,7 @@ class GlobalBatch:
                     )
                 found[name] = np.unique(table)
         if "seq_idx" in self.arguments:
-            numbers = self.arguments["seq_idx"].reshape(rows, length).cpu().numpy()
+            numbers = torch.as_tensor(self.arguments["seq_idx"]).reshape(rows, length).cpu().numpy()
             found["seq_idx"] = _starting(numbers[:, 1:] != numbers[:, :-1])
         found |= self._by_positions(named=bool(found))
         return found
