@@ -24,6 +24,7 @@ from tests.integrations.references import (
 )
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 PLACEMENTS = {
     "ring2": (2, {"backend": "ring"}),

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cphandler import CPConfig, InvalidValueError
+from cphandler import CPConfig, InvalidValueError, RankMismatchError, UnsupportedError
 from cphandler.integrations.huggingface import parallelize, unparallelize
 from cphandler.testing import RankPool
 from cphandler.testing.pool import partition_group
@@ -28,6 +28,7 @@ from tests.integrations.references import (
 )
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 
 def all_ranks() -> Any:
@@ -142,6 +143,41 @@ def test_two_models_and_two_batches_in_flight(ranks: RankPool) -> None:
     ranks.run(two_in_flight)
 
 
+def other_tokens(settings: dict[str, Any]) -> None:
+    """Batches that differ in nothing but their tokens, as ranks get them from a loader that gives each its own."""
+    model = parallelize(build("llama"), all_ranks(), **settings)
+    ids = batch_of("plain", dist.get_rank())["input_ids"]
+    if settings:
+        model(ids)
+        return
+    with pytest.raises(RankMismatchError, match="input_ids"):
+        model(ids)
+
+
+@pytest.mark.parametrize("settings", [{}, {"config": CPConfig(check_consistency="never")}], ids=["always", "never"])
+def test_ranks_that_hold_other_tokens_are_told(ranks: RankPool, settings: dict[str, Any]) -> None:
+    ranks.run(other_tokens, settings)
+
+
+def wrapped_again() -> None:
+    """What accelerate does for mixed precision: it stands in front of the forward pass, and steps aside."""
+    model = parallelize(build("llama"), all_ranks())
+    ours = model.forward
+    model.forward = torch.autocast("cpu", enabled=False)(ours)
+    batch = batch_of("plain")
+    check_loss(model(**batch).loss, expected("llama", "plain", 0).loss)
+    assert model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False).shape == (2, 29)
+    with pytest.raises(InvalidValueError, match="wrapped"):
+        unparallelize(model)
+    model.forward = ours
+    unparallelize(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_forward_pass_that_is_wrapped_again(ranks: RankPool) -> None:
+    ranks.run(wrapped_again)
+
+
 def copied() -> None:
     """A copy has its own forward pass: what changes in one does not change in the other."""
     model = parallelize(build("llama"), all_ranks())
@@ -170,7 +206,10 @@ def packed_in_other_words(how: str) -> None:
         "offsets and positions": {"cu_seq_lens_q": offsets, "position_ids": positions},
         "numbers": {"seq_idx": numbers},
         "embeddings": {"position_ids": positions},
+        "shifted labels": {"position_ids": positions},
     }[how]
+    if how == "shifted labels":
+        more["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
     model = parallelize(build("llama"), all_ranks(), backend="p2p")
     if how == "embeddings":
         more["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
@@ -180,7 +219,7 @@ def packed_in_other_words(how: str) -> None:
     check_gradients(over_ranks(gradients_of(model), all_ranks()), wanted.gradients)
 
 
-@pytest.mark.parametrize("how", ["offsets", "offsets and positions", "numbers", "embeddings"])
+@pytest.mark.parametrize("how", ["offsets", "offsets and positions", "numbers", "embeddings", "shifted labels"])
 def test_packed_rows_in_other_words(ranks: RankPool, how: str) -> None:
     ranks.run(packed_in_other_words, how)
 
@@ -200,6 +239,8 @@ def several_axes(packed: bool) -> None:
         hidden = each(input_ids=batch["input_ids"], position_ids=positions, use_cache=False).last_hidden_state
         assert hidden.shape == (2, 27, 32)
         hidden.square().mean().backward()
+    with pytest.raises(UnsupportedError, match="no logits"):
+        model(**batch)
     check_gradients(over_ranks(gradients_of(model), all_ranks()), gradients_of(plain))
 
 
@@ -330,6 +371,24 @@ def with_adapters(first: str) -> None:
     told = {"max_new_tokens": 3, "do_sample": False}
     ids = {"input_ids": batch["input_ids"]}
     assert torch.equal(model.eval().generate(**ids, **told), plain.eval().generate(**ids, **told))
+
+
+def with_prompts() -> None:
+    """Rows that a peft model puts in front of each batch, as embeddings with parameters of their own."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    torch.manual_seed(5)
+    plain = peft.get_peft_model(build("llama"), config)
+    model = parallelize(copy.deepcopy(plain), all_ranks())
+    batch = batch_of("right")
+    for each in (plain, model):
+        each.train()(**batch).loss.backward()
+    assert len(gradients_of(model)) == 1
+    check_gradients(over_ranks(gradients_of(model), all_ranks()), gradients_of(plain))
+
+
+def test_prompts(ranks: RankPool) -> None:
+    ranks.run(with_prompts)
 
 
 @pytest.mark.parametrize("first", ["first", "last"])

@@ -166,6 +166,8 @@ CALLS = {
     "last logits": ({"logits_to_keep": 1}, UnsupportedError, "logits_to_keep"),
     "pixels": ({"pixel_values": torch.zeros(1, 3, 4, 4)}, UnsupportedError, "pixel_values"),
     "matrix": ({"attention_mask": torch.ones(2, 1, 27, 27)}, UnsupportedError, "attention_mask"),
+    "masks by layer type": ({"attention_mask": {"full_attention": None}}, InvalidTypeError, "attention_mask must be a"),
+    "labels in a list": ({"labels": PLAIN["labels"].tolist()}, InvalidTypeError, "labels must be a tensor"),
     "local labels": ({"labels": IDS[:, :13]}, InvalidValueError, "labels must be of the batch"),
     "both": ({"inputs_embeds": torch.zeros(2, 27, 32)}, InvalidTypeError, "input_ids and inputs_embeds"),
     "packed and masked": (

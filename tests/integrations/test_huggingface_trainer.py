@@ -24,6 +24,7 @@ from tests.integrations.families import batch_of, build
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 states = pytest.importorskip("accelerate.state")
+pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,15 @@ def test_a_parallelism_config_parallelizes_the_model(two_ranks: RankPool, tmp_pa
     wanted = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     for losses in two_ranks.run(by_accelerate, str(tmp_path)):
         assert losses == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["packed", "right"])
+def test_mixed_precision(two_ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    """accelerate wraps the forward pass once more; losses are one rank's as far as bfloat16 goes."""
+    wanted = trained(kind, str(tmp_path), 0, bf16=True)
+    for got in two_ranks.run(trained_on_rank, kind, str(tmp_path), {"bf16": True}):
+        np.testing.assert_allclose(got["steps"], wanted["steps"], rtol=2e-2)
+        assert got["evaluation"]["eval_loss"] == pytest.approx(wanted["evaluation"]["eval_loss"], rel=2e-3)
 
 
 def refused(folder: str) -> None:

@@ -103,11 +103,19 @@ def attention_forward(
     number = getattr(module, "layer_idx", None)
     if isinstance(number, int):
         settings["layer_number"] = number + 1
-    rows = (x.transpose(1, 2) for x in (query, key, value))
+    rows = (_autocast(x).transpose(1, 2) for x in (query, key, value))
     local = [x.squeeze(0) if batch.packed else x for x in rows]
     out = batch.handler.core_attn(None, *local, mask=mask, softmax_scale=scaling, **settings)
     batch.called.add(layer)
     return out.unsqueeze(0) if batch.packed else out, None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In the dtype of autocast where that is on: as torch casts for attention, and rope has left queries in float32."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _checked_mask(layer: str, mask: Any) -> Mask:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.comm.consistency import digest
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.integrations.huggingface.settings import Settings
@@ -126,6 +127,10 @@ class GlobalBatch:
                 "a parallelized model has no cache of keys and values", got="use_cache=True", fix="leave it out"
             )
         for name, value in self.arguments.items():
+            if name in CUT and not isinstance(value, Tensor):
+                raise InvalidTypeError(
+                    f"{name} must be a tensor of the whole batch", got=type(value).__name__, fix="pass [B, S]"
+                )
             if not isinstance(value, Tensor) or name in PACKING or name in ("num_items_in_batch", "logits_to_keep"):
                 continue
             if name not in CUT:
@@ -158,6 +163,15 @@ class GlobalBatch:
         """Where the tokens are."""
         rows: Tensor = next(self.arguments[name] for name in ROWS if name in self.arguments)
         return rows.device
+
+    def digest(self) -> str:
+        """A few characters for each tensor of numbers, which differ where it differs: all ranks hold the same."""
+        tensors = {name: x for name, x in self.arguments.items() if isinstance(x, Tensor) and name in CUT}
+        return ", ".join(
+            f"{name} {digest(x.cpu().contiguous().numpy().tobytes())}"
+            for name, x in tensors.items()
+            if not x.is_floating_point()
+        )
 
     @cached_property
     def positions(self) -> Tensor | None:
@@ -210,7 +224,7 @@ class GlobalBatch:
         found: dict[str, Table] = {}
         for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
             if name in self.arguments:
-                table = checked_offsets(self.arguments[name].reshape(-1), name)
+                table = checked_offsets(torch.as_tensor(self.arguments[name]).reshape(-1), name)
                 if table[-1] != rows * length:
                     raise InvalidValueError(
                         f"{name} must end at the number of tokens",
@@ -219,7 +233,7 @@ class GlobalBatch:
                     )
                 found[name] = np.unique(table)
         if "seq_idx" in self.arguments:
-            numbers = self.arguments["seq_idx"].reshape(rows, length).cpu().numpy()
+            numbers = torch.as_tensor(self.arguments["seq_idx"]).reshape(rows, length).cpu().numpy()
             found["seq_idx"] = _starting(numbers[:, 1:] != numbers[:, :-1])
         found |= self._by_positions(named=bool(found))
         return found

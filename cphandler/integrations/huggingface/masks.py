@@ -23,6 +23,10 @@ _PARTS = {
 """What a mask is made of, by the name of the function that makes it, and the variable that holds its number."""
 
 
+class _UnknownError(Exception):
+    """A mask function that is not known; says which."""
+
+
 @dataclass(frozen=True)
 class RefusedMask:
     """A mask that is not served, to be refused by the name of the layer that gets it.
@@ -34,10 +38,6 @@ class RefusedMask:
     reason: str
 
 
-class _UnknownFunctionError(Exception):
-    """A function that no mask of this library is made of; does not leave this file."""
-
-
 def mask_of(function: Callable[..., Any]) -> Mask | RefusedMask:
     """The mask that a ``mask_function`` of transformers means.
 
@@ -46,7 +46,7 @@ def mask_of(function: Callable[..., Any]) -> Mask | RefusedMask:
     """
     try:
         found = dict(_parts(function))
-    except _UnknownFunctionError as error:
+    except _UnknownError as error:
         return RefusedMask(str(error))
     kinds = frozenset(found)
     window, sides = found.get("window", 0), found.get("both_sides", 0)
@@ -66,7 +66,7 @@ def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, int]]:
     """What a mask function is the intersection of.
 
     Raises:
-        _UnknownFunctionError: one that is not known.
+        _UnknownError: a function that is not known.
     """
     name, inner = _maker(function)
     if name == "and_masks":
@@ -78,19 +78,19 @@ def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, int]]:
         kind, variable = _PARTS[name]
         yield kind, int(inner[variable]) if variable else 0
     elif name not in _OF_THE_BATCH:
-        raise _UnknownFunctionError(f"a mask made with {name}")
+        raise _UnknownError(f"a mask made with {name}")
 
 
 def _maker(function: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     """Name of the function of transformers that made a mask function, and the variables it was made with.
 
     Raises:
-        _UnknownFunctionError: it was made elsewhere.
+        _UnknownError: it was made elsewhere.
     """
     qualified = getattr(function, "__qualname__", type(function).__name__)
     module = getattr(function, "__module__", "")
     if module != _ORIGIN:
-        raise _UnknownFunctionError(f"a mask made with {module}.{qualified}")
+        raise _UnknownError(f"a mask made with {module}.{qualified}")
     cells = getattr(function, "__closure__", None) or ()
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     return qualified.split(".")[0], {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}

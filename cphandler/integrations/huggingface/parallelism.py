@@ -31,6 +31,9 @@ ModelT = TypeVar("ModelT")
 
 _OF_TOKENS = ("logits", "last_hidden_state")
 
+_PLACE = "_cp_forward"
+"""Attribute of a parallelized model that holds its forward pass, whoever wraps it later."""
+
 _OWN = ("labels", "shift_labels", "num_items_in_batch", "return_dict", "logits_to_keep", "use_cache", *PACKING)
 """Arguments that no layer sees: the forward pass around the model keeps them."""
 
@@ -79,7 +82,7 @@ def parallelize(
         UnsupportedError: a layer that context parallelism would change without a word, by its name.
     """
     base = base_of(model)
-    if isinstance(base.__dict__.get("forward"), ParallelForward):
+    if _PLACE in vars(base):
         raise InvalidValueError("the model is parallelized already", fix="unparallelize(model) first")
     layers = attention_layers(base)
     comm_type = list(cp_comm_type) if isinstance(cp_comm_type, (list, tuple)) else cp_comm_type
@@ -88,6 +91,7 @@ def parallelize(
     for name, layer in layers.items():
         setattr(layer, LAYER, name)
     base.forward = ParallelForward(base, settings, tuple(layers))
+    setattr(base, _PLACE, base.forward)
     if hasattr(base, "generate"):
         base.generate = WholeCall(base, base.generate)
     return model
@@ -97,13 +101,19 @@ def unparallelize(model: ModelT) -> ModelT:
     """Undo :func:`parallelize`, in place.
 
     Raises:
-        InvalidValueError: a model that is not parallelized.
+        InvalidValueError: a model that is not parallelized, or whose forward was wrapped again.
     """
-    base = base_of(model)
     forward = parallel_forward(model)
+    base = forward.model
+    if vars(base).get("forward") is not forward:
+        raise InvalidValueError(
+            "another package has wrapped the parallelized forward",
+            got=repr(vars(base).get("forward")),
+            fix="undo that first: accelerator.unwrap_model(model, keep_fp32_wrapper=False), say",
+        )
     forward.restore()
-    for name in ("forward", "generate"):
-        base.__dict__.pop(name, None)
+    for name in ("forward", "generate", _PLACE):
+        vars(base).pop(name, None)
     for module in base.modules():
         module.__dict__.pop(LAYER, None)
         if isinstance(module.__dict__.get("forward"), RotaryForward):
@@ -118,8 +128,8 @@ def parallel_forward(model: Any) -> ParallelForward:
         InvalidValueError: a model that is not parallelized.
     """
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, ParallelForward):
+        if _PLACE in vars(module):
+            forward: ParallelForward = vars(module)[_PLACE]
             return forward
     raise InvalidValueError(
         "the model is not parallelized", got=type(model).__name__, fix="parallelize(model, cp_group)"
@@ -187,6 +197,8 @@ class ParallelForward:
         given = GlobalBatch.checked(self._named(args, kwargs))
         self._check(given)
         batch = given.on_rank(self.settings)
+        if self.settings.compares:
+            batch.handler.agree(f"forward of {given.digest()}")
         local = {name: value for name, value in given.arguments.items() if name not in (*CUT, *_OWN)}
         for name in ("input_ids", "inputs_embeds", "token_type_ids"):
             if name in given.arguments:
@@ -219,6 +231,12 @@ class ParallelForward:
             )
         if "labels" in given.arguments or "shift_labels" in given.arguments:
             check_loss_function(self.model)
+            if self.model.get_output_embeddings() is None:
+                raise UnsupportedError(
+                    f"{type(self.model).__name__} has no logits to compare with labels",
+                    got="labels=",
+                    fix="leave them out, or parallelize the model with its language-model head",
+                )
 
     def _positions(self, given: GlobalBatch, batch: BatchOnRank) -> Tensor:
         positions = given.positions
@@ -248,7 +266,8 @@ class ParallelForward:
         if self._gathers():
             values |= self._gathered(values, batch, given.arguments.get("logits_to_keep", 0))
         made = type(output)(**values)
-        return made if given.arguments.get("return_dict", True) else made.to_tuple()
+        named = given.arguments.get("return_dict", getattr(self.model.config, "return_dict", True))
+        return made if named else made.to_tuple()
 
     def _check_called(self, batch: BatchOnRank) -> None:
         missing = [name for name in self.layers if name not in batch.called]

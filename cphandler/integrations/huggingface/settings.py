@@ -44,6 +44,12 @@ class Settings:
         """Itself: a copied model stays in the group."""
         return self
 
+    @property
+    def compares(self) -> bool:
+        """Whether ranks compare what they hold."""
+        never = self.config is not None and self.config.check_consistency == "never"
+        return self.ranks.size > 1 and not never
+
     def handler(self, **facts: Any) -> ContextParallelHandler:
         """The handler of one batch."""
         return self.handler_cls(cp_group=self.ranks.source, layout=self.layout, config=self.config, **facts)

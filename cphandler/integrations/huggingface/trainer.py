@@ -37,6 +37,8 @@ class ContextParallelTrainerMixin(_Base):  # type: ignore[misc]
         UnsupportedError: settings of the Trainer that cannot be served, by name.
     """
 
+    _counts_labels = False
+
     def __init__(self, model: Any = None, args: Any = None, *others: Any, **settings: Any) -> None:
         config = getattr(args, "parallelism_config", None)
         if model is not None and config is not None and getattr(config, "cp_size", 1) > 1:
@@ -99,7 +101,7 @@ class ContextParallelTrainerMixin(_Base):  # type: ignore[misc]
 
     def get_cp_size(self) -> int:
         """Ranks that share each batch."""
-        return self._cp.ranks.size
+        return 1 if self._counts_labels else self._cp.ranks.size
 
     def _prepare_context_parallel_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The model cuts its batch itself."""
@@ -149,11 +151,13 @@ class ContextParallelTrainerMixin(_Base):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """The labels of the step's batches, those of each group once."""
-        found = super()._get_num_items_in_batch(batch_samples, device)
+        self._counts_labels = True  # releases differ in whether they divide by the ranks of a group: here none does
+        try:
+            found = super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self._counts_labels = False
         summed = self.args.average_tokens_across_devices and self.args.world_size > 1
-        if not summed and torch.is_tensor(found):  # divided by the ranks of the group, but never summed over them
-            return found * self.get_cp_size()
-        return found
+        return found / self.get_cp_size() if summed and found is not None else found
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **settings: Any
