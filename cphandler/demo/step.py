@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cphandler import (
     ContextParallelHandler,
@@ -129,7 +128,7 @@ def rows_are_alone(model: nn.Module, rows: int, local_rows: int) -> bool:
     for layer in model.modules():
         if not isinstance(layer, nn.Linear):
             continue
-        weight = layer.weight.full_tensor() if isinstance(layer.weight, DTensor) else layer.weight
+        weight = layer.weight.full_tensor() if hasattr(layer.weight, "full_tensor") else layer.weight
         x = torch.randn(rows, layer.in_features, generator=generator).to(weight)
         whole = nn.functional.linear(x, weight)
         for start in range(0, rows, max(1, local_rows)):

@@ -7,15 +7,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from cphandler import ContextParallelHandler, get_cp_handler_cls, record_traffic
 from cphandler.demo.model import GPT, GPTConfig
@@ -185,11 +183,17 @@ class _Run:
             for layer in self.model.layers:
                 layer.compile(backend=settings.compile, fullgraph=True)
         if self._sharded:
-            mesh = init_device_mesh(device.split(":", maxsplit=1)[0], (dist.get_world_size(),))
-            for layer in self.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(self.model, mesh=mesh)
+            self._shard(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+
+    def _shard(self, device: str) -> None:
+        """Each layer's parameters over all ranks."""
+        fully_shard = import_module("torch.distributed.fsdp").fully_shard  # long to import, and few runs need it
+        meshes = import_module("torch.distributed.device_mesh")
+        mesh = meshes.init_device_mesh(device.split(":", maxsplit=1)[0], (dist.get_world_size(),))
+        for layer in self.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def backward(self, batches: list[dict[str, Any]]) -> tuple[float, str]:
         """Gradients of a step from its batches, those of this rank's data-parallel place; the loss, and the layout."""
@@ -211,7 +215,7 @@ class _Run:
 
 def flat(tensors: Any) -> Tensor:
     """All tensors in one vector, whole where they are sharded."""
-    whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    whole = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors)
     return torch.cat([tensor.detach().reshape(-1) for tensor in whole])
 
 
