@@ -21,6 +21,7 @@ from cphandler import (
     UnsupportedError,
     get_cp_handler_cls,
 )
+from cphandler.comm.groups import Place
 from cphandler.integrations import torchtitan
 from cphandler.testing import RankPool, assert_close, dense_attention
 from cphandler.testing.cases import Case, group_of
@@ -110,7 +111,7 @@ def test_the_permutation_is_the_balanced_layout() -> None:
     permutation = torchtitan.balanced_permutation(CUTS, 4)
     assert permutation.shape == (1, 32)
     for rank, part in enumerate(permutation[0].chunk(4)):
-        seat = torchtitan._Seat(4, rank)
+        seat = Place(4, rank)
         handler = get_cp_handler_cls("p2p")(cp_group=seat, qkv_format="thd", cu_seqlens_q=CUTS, layout="balanced")
         assert torch.equal(part, handler.dispatch(torch.arange(32), 0))
         again = torchtitan.layout_of(permutation, 32, 4)

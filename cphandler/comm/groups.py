@@ -29,6 +29,27 @@ class GroupLike(Protocol):
         """This process's rank in it."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """A size and a rank and nothing else: enough to lay out or cut a batch, and not to send anything.
+
+    Attributes:
+        ranks: ranks in the group.
+        number: this process's rank in it.
+    """
+
+    ranks: int
+    number: int
+
+    def size(self) -> int:
+        """Ranks in the group."""
+        return self.ranks
+
+    def rank(self) -> int:
+        """This process's rank in it."""
+        return self.number
+
+
 class MeshConfig(Protocol):
     """accelerate's ``ParallelismConfig``, whose device mesh has a dim ``cp`` once it is built."""
 

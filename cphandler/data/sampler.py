@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from cphandler.comm.groups import GroupSource, resolve_group
+from cphandler.comm.groups import GroupSource, Place, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.tokens.counts import checked_count, checked_flag
 from cphandler.tokens.packing import check_sequence, pack_lengths
@@ -118,7 +118,7 @@ class ContextParallelSampler(Sampler[list[int]]):
             raise InvalidTypeError(
                 "of_world takes no group", got="group", fix="pass the group to ContextParallelSampler itself"
             )
-        place = _Place(rank // (cp_size * tp_size), world_size // (cp_size * tp_size))
+        place = Place(world_size // (cp_size * tp_size), rank // (cp_size * tp_size))
         return cls(data, group=place, **settings)
 
     def set_epoch(self, epoch: int, *, first_batch: int = 0) -> None:
@@ -191,19 +191,6 @@ class ContextParallelSampler(Sampler[list[int]]):
                 fix="cut long documents first, or raise the budget",
             )
         return padded
-
-
-class _Place:
-    """A rank among so many; no process group."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 def _place(group: Any) -> tuple[int, int]:

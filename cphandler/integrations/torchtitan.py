@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.comm.groups import Place
 from cphandler.errors import InvalidValueError, MissingPackageError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.handler.factory import get_cp_handler_cls
@@ -49,22 +50,6 @@ SIGNATURES = {
 """What torchtitan's methods take, by module, class and name."""
 
 
-@dataclass(frozen=True)
-class _Seat:
-    """A size and a rank: enough to lay out a batch, and not to send anything."""
-
-    ranks: int
-    number: int
-
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self.ranks
-
-    def rank(self) -> int:
-        """This process's rank in it."""
-        return self.number
-
-
 def balanced_permutation(cu_seqlens: Offsets, cp_size: int, *, mask: Mask | str = "causal") -> Tensor:
     """The balanced layout as a permutation: cut in ``cp_size`` equal parts, part r is what rank r holds.
 
@@ -84,7 +69,7 @@ def balanced_permutation(cu_seqlens: Offsets, cp_size: int, *, mask: Mask | str 
     tokens, parts = torch.arange(length), []
     for rank in range(cp_size):
         handler = get_cp_handler_cls("local", "p2p" if cp_size > 1 else None)(
-            cp_group=_Seat(cp_size, rank) if cp_size > 1 else None,
+            cp_group=Place(cp_size, rank) if cp_size > 1 else None,
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             mask=mask,

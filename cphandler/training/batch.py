@@ -14,15 +14,13 @@ from cphandler.errors import CPError, InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler, check_stream
 from cphandler.sharding.dispatch import filler
 from cphandler.tensors import check_plain, where_rows_are
+from cphandler.training.labels import IGNORED
 
 METADATA = ("cu_seqlens", "cu_seq_lens", "max_seqlen", "max_length")
 """Keys that start so are metadata of the global batch (Megatron's names and Hugging Face's) and stay as they are."""
 
 LABELS = ("labels", "label_ids", "targets", "target_ids")
 """Keys that end so are what a loss compares with: their pad rows must be left out of it."""
-
-IGNORED = -100
-"""The label that losses leave out, in torch and everywhere after it."""
 
 TOKEN_KEYS = ("tokens", "input_ids")
 """Keys whose shape ``position_ids`` take."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from cphandler.comm.groups import GroupSource
+from cphandler.comm.groups import GroupSource, Place
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.handler.factory import get_cp_handler_cls
@@ -20,22 +19,6 @@ from cphandler.training.batch import get_batch_on_this_cp_rank as cut_batch
 
 UNCUT = ("attention_mask", "cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 """Keys of a packed batch that Megatron leaves whole."""
-
-
-@dataclass(frozen=True)
-class _Seat:
-    """A size and a rank: enough to cut a batch, and not to send anything."""
-
-    ranks: int
-    number: int
-
-    def size(self) -> int:
-        """Ranks in the group."""
-        return self.ranks
-
-    def rank(self) -> int:
-        """This process's rank in it."""
-        return self.number
 
 
 def get_batch_on_this_cp_rank(
@@ -101,7 +84,7 @@ def get_thd_batch_on_this_cp_rank(
             fix="pass both and no cp_handler, or cp_handler alone",
         )
     if cp_handler is None:
-        group = context_parallel_group() if cp_size is None or cp_rank is None else _Seat(cp_size, cp_rank)
+        group = context_parallel_group() if cp_size is None or cp_rank is None else Place(cp_size, cp_rank)
         offsets = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_q_padded": cu_seqlens_padded}
         cp_handler = _zigzag(group, {"qkv_format": "thd", "max_seqlen_q": _number(max_seqlen), **offsets})
     else:
