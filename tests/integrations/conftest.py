@@ -8,16 +8,19 @@ import pytest
 
 TORCH = ["torch", "torch.distributed", "torch._dynamo", "cphandler.testing.laws"]
 
-TRANSFORMERS = [
+STACKS = [
     "transformers.modeling_utils",
     "transformers.trainer",
     "transformers.models.llama.modeling_llama",
     "peft",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
 ]
+"""A stack that is not installed is left out."""
 
 
-@pytest.fixture(scope="session")
-def transformers_in_ranks() -> None:
-    """Ranks that are started from now on have transformers, unless there were some before."""
-    get_context("forkserver").set_forkserver_preload([*TORCH, *TRANSFORMERS])
+@pytest.fixture(scope="session", autouse=True)
+def stacks_in_ranks() -> None:
+    """Ranks that are started from now on have the stacks, unless there were some before."""
+    get_context("forkserver").set_forkserver_preload([*TORCH, *STACKS])
     forkserver.ensure_running()

@@ -77,11 +77,34 @@ def _patches() -> dict[str, Any]:
 
 
 @contextmanager
+def _groups_that_end() -> Iterator[None]:
+    """What is made of groups inside is no more afterwards.
+
+    Megatron makes dozens and forgets them: their threads would stay, thousands of them, each awake every ten
+    milliseconds.
+    """
+    made: list[Any] = []
+    new_group = dist.new_group
+
+    def kept(*given: Any, **named: Any) -> Any:
+        made.append(new_group(*given, **named))
+        return made[-1]
+
+    with patch("torch.distributed.new_group", kept):
+        yield
+    dist.barrier()  # not reached after an error: the pool then ends all ranks
+    for group in made:
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
+
+
+@contextmanager
 def megatron(*, tp: int = 1, cp: int = 1) -> Iterator[None]:
     """Megatron's parallel state over all ranks of the pool, and the patches; both are undone."""
     with ExitStack() as stack:
         for name, replacement in _patches().items():
             stack.enter_context(patch(name, replacement))
+        stack.enter_context(_groups_that_end())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp, context_parallel_size=cp, create_gloo_process_groups=False
         )

@@ -15,7 +15,6 @@ from cphandler.testing import RankPool
 from tests.integrations.test_huggingface_trainer import launched
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 

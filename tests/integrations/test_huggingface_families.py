@@ -24,7 +24,6 @@ from tests.integrations.references import (
 )
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 PLACEMENTS = {
     "ring2": (2, {"backend": "ring"}),

@@ -28,7 +28,6 @@ from tests.integrations.references import (
 )
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 
 def all_ranks() -> Any:

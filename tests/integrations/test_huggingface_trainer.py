@@ -24,7 +24,6 @@ from tests.integrations.families import batch_of, build
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 states = pytest.importorskip("accelerate.state")
-pytestmark = pytest.mark.usefixtures("transformers_in_ranks")
 
 
 @pytest.fixture(scope="module")
