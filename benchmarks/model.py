@@ -7,7 +7,8 @@ on a rank. Medians of interleaved steps, ratios taken batch by batch; one thread
 
     python -m benchmarks.model                                  # S grows on 2 ranks, ranks grow at 4096 tokens
     python -m benchmarks.model --documents dense --run ring@zigzag --run ring@balanced --plot model.png
-    python -m benchmarks.model --speedup                        # 2 ranks beside one, 8192 tokens, 20 steps
+    python -m benchmarks.model --speedup                        # 2 ranks beside one, 8192 tokens, 20 steps; in the
+                                                                # last row each of 2 does all work, and sends nothing
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Row:
         ranks: how many.
         run: backend and layout.
         tokens_per_second: global.
-        step_seconds: wall time of the slowest rank.
+        step_seconds: wall time of the slowest rank; of :data:`~benchmarks.steps.APART` a rank's share of it.
         speedup: one rank's wall time to that.
         cpu_seconds: summed over ranks.
         cpu_ratio: of these to one rank's.
@@ -144,7 +145,7 @@ def held(
 def rows_of(
     contest: Contest,
     given: Sequence[dict[str, Any]],
-    samples: dict[RunSettings, list[list[Sample]]],
+    samples: dict[RunSettings | str, list[list[Sample]]],
     peaks: dict[RunSettings, int | None],
 ) -> Iterator[Row]:
     """What each run came to.
@@ -160,15 +161,16 @@ def rows_of(
     own_wall = [max(sample.seconds for sample in ranks) for ranks in alone]
     tokens = [int(batch["cu_seqlens"][-1]) for batch in given]
     for run, taken in samples.items():
-        wall = [max(sample.seconds for sample in ranks) for ranks in taken]
-        cpu = [sum(sample.cpu_seconds for sample in ranks) for ranks in taken]
-        slowest = [run.cp_size * max(sample.cpu_seconds for sample in ranks) for ranks in taken]
+        count, times = len(taken[0]), len(taken[0]) if isinstance(run, str) else 1  # apart, each does all of the work
+        wall = [max(sample.seconds for sample in ranks) / times for ranks in taken]
+        cpu = [sum(sample.cpu_seconds for sample in ranks) / times for ranks in taken]
+        slowest = [count * max(sample.cpu_seconds for sample in ranks) / times for ranks in taken]
         yield Row(
             contest.kind,
             contest.seq_len,
             statistics.fmean(len(batch["cu_seqlens"]) - 1 for batch in given),
-            run.cp_size,
-            label(run),
+            count,
+            run if isinstance(run, str) else label(run),
             statistics.median(n / seconds for n, seconds in zip(tokens, wall, strict=True)),
             statistics.median(wall),
             ratio(own_wall, wall),
@@ -176,7 +178,7 @@ def rows_of(
             ratio(cpu, own_cpu),
             ratio(slowest, own_cpu),
             statistics.fmean(sum(sample.sent_bytes for sample in ranks) for ranks in taken),
-            peaks[run],
+            None if isinstance(run, str) else peaks[run],
         )
 
 
@@ -185,11 +187,13 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def measured(contest: Contest, pools: dict[int, RankPool], steps: int, seed: int, *, memory: bool) -> list[Row]:
+def measured(
+    contest: Contest, pools: dict[int, RankPool], steps: int, seed: int, *, memory: bool, apart: int = 0
+) -> list[Row]:
     """A contest's rows."""
     given = batches(contest.kind, contest.seq_len, steps + 1, seed)
     peaks = held(contest, given[0], pools, memory=memory)
-    samples = in_turns(contest.runs, given, pools)
+    samples = in_turns(contest.runs, given, pools, apart=apart)
     for pool in pools.values():
         pool.run(forget)
     return list(rows_of(contest, given[1:], samples, peaks))
@@ -216,8 +220,11 @@ def add_rows(table: Table, rows: Sequence[Row]) -> None:
 
 
 def show_speedup(contest: Contest, pools: dict[int, RankPool], steps: int, seed: int, console: Console) -> list[Row]:
-    """Two ranks beside one: the ratio of wall times, and what CPU seconds say it would be on cores of their own."""
-    rows = measured(contest, pools, steps, seed, memory=False)
+    """Two ranks beside one: the ratio of wall times, and what CPU seconds say it would be on cores of their own.
+
+    In the last row two ranks do one rank's work each, and send nothing: two cores of this machine give no more.
+    """
+    rows = measured(contest, pools, steps, seed, memory=False, apart=2)
     table = empty(f"{KINDS[contest.kind]}: {contest.seq_len} tokens, medians of {steps} interleaved steps", TWOS)
     for row in rows:
         asked = SPEEDUP.get(row.run) if row.ranks > 1 else None

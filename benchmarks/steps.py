@@ -111,6 +111,13 @@ def step(settings: RunSettings, batch: dict[str, Any]) -> Sample:
     return own.step(batch)
 
 
+def step_apart(settings: RunSettings, batch: dict[str, Any]) -> Sample:
+    """One rank's whole step on every rank of a pool at once; they send each other nothing."""
+    own = trainer(settings, None)
+    dist.barrier()
+    return own.step(batch)
+
+
 def gradient(settings: RunSettings, batch: dict[str, Any]) -> tuple[float, Tensor]:
     """A new model's loss and gradient on every rank of a pool."""
     return Trainer(settings, world(settings)).gradient(batch)
@@ -204,16 +211,30 @@ def label(settings: RunSettings) -> str:
     return "one rank" if settings.cp_size == 1 else f"{settings.backend}@{settings.layout}"
 
 
+APART = "one rank, apart"
+"""Names the run in which every rank of a pool does the whole of one rank's work: what its cores give at once."""
+
+
 def in_turns(
-    runs: Sequence[RunSettings], given: Sequence[dict[str, Any]], pools: dict[int, RankPool]
-) -> dict[RunSettings, list[list[Sample]]]:
+    runs: Sequence[RunSettings], given: Sequence[dict[str, Any]], pools: dict[int, RankPool], *, apart: int = 0
+) -> dict[RunSettings | str, list[list[Sample]]]:
     """Every run's samples, a list of ranks for each batch; the first batch warms up and is not counted.
 
     All runs train on a batch before any goes on to the next one, each time another first.
+
+    Args:
+        runs: the competitors, one rank first.
+        given: the batches.
+        pools: of so many ranks.
+        apart: so many ranks do the whole of the first run's work beside each other, as :data:`APART`; 0 for none.
     """
-    samples: dict[RunSettings, list[list[Sample]]] = {run: [] for run in runs}
+    turns: list[tuple[RunSettings | str, RankPool, Any, RunSettings]]
+    turns = [(run, pools[run.cp_size], step, run) for run in runs]
+    if apart:
+        turns.append((APART, pools[apart], step_apart, runs[0]))
+    samples: dict[RunSettings | str, list[list[Sample]]] = {run: [] for run, *_ in turns}
     for i, batch in enumerate(given):
-        first = i % len(runs)
-        for run in (*runs[first:], *runs[:first]):
-            samples[run].append(pools[run.cp_size].run(step, run, batch))
+        first = i % len(turns)
+        for run, pool, function, settings in (*turns[first:], *turns[:first]):
+            samples[run].append(pool.run(function, settings, batch))
     return {run: taken[1:] for run, taken in samples.items()}

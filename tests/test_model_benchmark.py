@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,9 @@ import typer
 
 from benchmarks import model
 from benchmarks.batches import batches, pile_lengths
-from benchmarks.model import sizes
+from benchmarks.model import Contest, rows_of, sizes
 from benchmarks.packs import packs
-from benchmarks.steps import Trainer, exact, refuse_wrong, run_named
+from benchmarks.steps import APART, Sample, Trainer, exact, refuse_wrong, run_named
 from cphandler.demo.model import GPTConfig
 from cphandler.demo.training import RunSettings
 from cphandler.errors import InvalidValueError
@@ -37,6 +38,21 @@ def test_steps_beside_one_rank(
     assert alone["sent_bytes"] == 0
     assert 0 < pair["peak_bytes"] < 0.75 * alone["peak_bytes"], "half the rows on each rank"
     assert picture.stat().st_size > 10_000
+
+
+def test_ranks_apart_do_all_the_work_each() -> None:
+    given = batches("dense", 64, 2)
+    samples: dict[RunSettings | str, list[list[Sample]]] = {
+        SMALL: [[Sample(1.0, 0.9, 0, 0.0, 0.0)], [Sample(2.0, 1.8, 0, 0.0, 0.0)]],
+        APART: [[Sample(t, 0.9 * t, 0, 0.0, 0.0) for t in (1.0, 1.25)], [Sample(2.5, 2.25, 0, 0.0, 0.0)] * 2],
+    }
+    alone, apart = rows_of(Contest("dense", 64, (SMALL,)), given, samples, {SMALL: 7})
+    assert (alone.speedup, alone.peak_bytes) == (1.0, 7)
+    assert (apart.run, apart.ranks, apart.peak_bytes) == (APART, 2, None)
+    assert apart.speedup == pytest.approx(2 / 1.25)
+    assert apart.tokens_per_second == pytest.approx(statistics.median([64 / 0.625, 64 / 1.25]))
+    assert apart.ranks / apart.slowest_ratio == pytest.approx(2 / 1.25)
+    assert apart.ranks / apart.cpu_ratio == pytest.approx(2 / statistics.median([1.125, 1.25]))
 
 
 def test_wrong_gradients_are_not_timed() -> None:
