@@ -1,14 +1,26 @@
-"""What a tensor must be before its rows can be told apart and moved."""
+"""What a tensor must be before its rows can be told apart and moved, and how tables come to a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from cphandler.errors import InvalidTypeError, UnsupportedError
+
+
+def device_copy(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """An array as a tensor of its own on a device; to a GPU it goes from pinned memory, so that nothing waits for it.
+
+    An ordinary tensor also under inference mode, since a batch may train later.
+    """
+    with torch.inference_mode(mode=False):
+        made = torch.from_numpy(np.array(array))
+        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def check_plain(x: Tensor, what: str) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import kernels, ring
+from benchmarks.gpu import kernels, ring, waits
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import OK, WRONG, Record
 from benchmarks.gpu.work import Inputs, direct
-from cphandler import Causal
+from cphandler import Causal, SlidingWindow
 from cphandler.kernels import registry
 from cphandler.kernels.kernel import Softmax
 from cphandler.kernels.registry import get_kernel
@@ -41,6 +41,12 @@ def test_the_parts_that_need_no_ranks(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = json.loads(path.read_text())["rows"]
     assert {row["part"] for row in rows} == {"kernels", "local", "ring", "speed", "waits"}
     assert {row["verdict"] for row in rows if row["part"] in ("kernels", "ring")} == {OK}
+
+
+def test_the_step_that_must_not_wait() -> None:
+    """Torch tells of waits on CUDA devices only; the step itself runs anywhere."""
+    for offsets in ([0, 1024], [0, 12, 500, 1024]):
+        waits.step(offsets, SlidingWindow(100), CPU)
 
 
 def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

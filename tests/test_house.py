@@ -129,6 +129,17 @@ def test_only_comm_calls_collectives() -> None:
                 assert node.attr in allowed | makes_groups, f"{name} uses dist.{node.attr}"
 
 
+def test_tables_come_to_a_device_in_one_way() -> None:
+    """A copy from memory that is not pinned waits for everything that a GPU has been told before."""
+    ways = set()
+    for name, path in modules().items():
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in ("to", "cuda"):
+                made = {node.attr for node in ast.walk(call.func.value) if isinstance(node, ast.Attribute)}
+                ways |= {name} if "from_numpy" in made else set()
+    assert ways <= {"tokens.packing"}, "device_copy of cphandler.tensors pins it"  # there to another dtype, on the host
+
+
 def test_files_are_nouns() -> None:
     banned = {"utils", "util", "helpers", "common", "misc", "base"}
     assert not [name for name in modules() if name.split(".")[-1] in banned]

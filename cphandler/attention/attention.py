@@ -24,8 +24,8 @@ from cphandler.kernels import check_kernel_name, get_kernel, likely_kernel
 from cphandler.layouts.layout import LAYOUTS
 from cphandler.plan.plan import head_of
 from cphandler.sharding.dispatch import GradMode
-from cphandler.sharding.shard import ShardPair, device_copy
-from cphandler.tensors import check_no_tangent
+from cphandler.sharding.shard import ShardPair
+from cphandler.tensors import check_no_tangent, device_copy
 from cphandler.tokens.masks import Mask, make_mask
 from cphandler.tokens.metadata import StreamMetadata
 from cphandler.tracing import untraced

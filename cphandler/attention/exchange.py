@@ -20,6 +20,7 @@ from cphandler.kernels.sums import ALL, RowSum
 from cphandler.kernels.tables import DeviceTables
 from cphandler.plan.plan import FROM, Needs, Plan
 from cphandler.registry import Registry, normal
+from cphandler.tensors import device_copy
 from cphandler.tokens.intervals import Table, expand
 
 Rows: TypeAlias = tuple[Tensor, ...]
@@ -389,7 +390,7 @@ def rows_of(runs: Table, device: torch.device, tables: DeviceTables) -> Tensor:
 
     Every layer of a batch asks for the same ones.
     """
-    return tables.get(runs.tobytes(), device, lambda: torch.from_numpy(expand(*runs.T)).to(device))
+    return tables.get(runs.tobytes(), device, lambda: device_copy(expand(*runs.T), device))
 
 
 class GatherExchange(Exchange):

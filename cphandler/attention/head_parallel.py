@@ -22,7 +22,8 @@ from cphandler.sharding.heads import (
     slice_heads,
 )
 from cphandler.sharding.order import SequenceOrder
-from cphandler.sharding.shard import Shard, ShardPair, device_copy
+from cphandler.sharding.shard import Shard, ShardPair
+from cphandler.tensors import device_copy
 from cphandler.tokens.intervals import Table
 from cphandler.tracing import untraced
 

@@ -14,7 +14,8 @@ from cphandler.attention.loop import bytes_kept_with
 from cphandler.layouts.layout import Layout, contiguous
 from cphandler.plan.batch_plan import COMM_TYPES, BatchPlan
 from cphandler.plan.plan import Needs, Plan, make_plan
-from cphandler.sharding.shard import ShardPair, device_copy
+from cphandler.sharding.shard import ShardPair
+from cphandler.tensors import device_copy
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.masks import Mask, is_value
 

@@ -21,8 +21,8 @@ from cphandler.handler.contract import ContextParallelHandler
 from cphandler.layouts.layout import Layout
 from cphandler.plan.batch_plan import BatchPlan
 from cphandler.sharding.dispatch import as_movable, filler, restored
-from cphandler.sharding.shard import HOST, device_copy
-from cphandler.tensors import check_plain
+from cphandler.sharding.shard import HOST
+from cphandler.tensors import check_plain, device_copy
 from cphandler.tokens.counts import checked_count, checked_flag
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Table

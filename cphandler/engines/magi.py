@@ -26,7 +26,7 @@ from cphandler.engines.slices import overlapping, slices_of, thin
 from cphandler.errors import UnsupportedError
 from cphandler.layouts.placement import stream_bands
 from cphandler.precision import accumulator_dtype
-from cphandler.sharding.shard import device_copy
+from cphandler.tensors import device_copy
 from cphandler.tokens.bands import Q0, Q1
 from cphandler.tokens.intervals import Table, frozen
 from cphandler.tokens.masks import Mask, is_value

@@ -22,7 +22,8 @@ from cphandler.engines import te_package as te
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout, contiguous, padded_offsets, padded_zigzag
 from cphandler.precision import accumulator_dtype
-from cphandler.sharding.shard import Shard, device_copy
+from cphandler.sharding.shard import Shard
+from cphandler.tensors import device_copy
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags
 from cphandler.tokens.masks import Mask, SlidingWindow

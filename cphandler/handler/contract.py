@@ -23,7 +23,8 @@ from cphandler.layouts.placement import LayoutSpec
 from cphandler.plan.batch_plan import BatchPlan
 from cphandler.sharding.dispatch import DispatchGrad, GradMode
 from cphandler.sharding.rope import Freqs, deinterleaved, flat_table, yarn_scale
-from cphandler.sharding.shard import Fragments, ShardFacts, device_copy
+from cphandler.sharding.shard import Fragments, ShardFacts
+from cphandler.tensors import device_copy
 from cphandler.tokens.counts import checked_count
 from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.intervals import Table

@@ -12,7 +12,8 @@ from torch import Tensor
 from cphandler.comm import collectives
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.sharding.dispatch import as_movable, filler, restored
-from cphandler.sharding.shard import Shard, device_copy
+from cphandler.sharding.shard import Shard
+from cphandler.tensors import device_copy
 from cphandler.tokens.intervals import Table
 
 

@@ -14,6 +14,7 @@ from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import LENGTH, LOCAL, START, STRIDE, Layout
 from cphandler.sharding.memo import Memo, counted
 from cphandler.sharding.order import SequenceOrder
+from cphandler.tensors import device_copy
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags, Table, frozen, overlaps
 from cphandler.tokens.masks import Mask, is_value, visible_bands
@@ -103,12 +104,6 @@ class EngineShard:
             UnsupportedError: always.
         """
         raise UnsupportedError("this engine does not list its fragments", fix="ask position_ids and valid_mask instead")
-
-
-def device_copy(array: Table | Flags, device: torch.device) -> Tensor:
-    """An index array on a device; an ordinary tensor also under inference mode, since a batch may train later."""
-    with torch.inference_mode(mode=False):
-        return torch.from_numpy(np.array(array)).to(device)
 
 
 class Shard:

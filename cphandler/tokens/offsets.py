@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cphandler.errors import InvalidTypeError, InvalidValueError
+from cphandler.tensors import device_copy
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Table
 
@@ -117,4 +118,4 @@ def as_int32(offsets: Table, device: torch.device) -> Tensor:
         raise InvalidValueError(
             "cu_seqlens count in int32", got=f"{int(offsets[-1])} tokens", fix="split the batch; no kernel takes more"
         )
-    return torch.from_numpy(offsets.astype(np.int32)).to(device)
+    return device_copy(offsets.astype(np.int32), device)

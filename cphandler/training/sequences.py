@@ -10,8 +10,7 @@ from cphandler.comm.collectives import all_gather
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.sharding.dispatch import DispatchGrad, GradMode, as_movable, filler, restored
-from cphandler.sharding.shard import device_copy
-from cphandler.tensors import check_plain
+from cphandler.tensors import check_plain, device_copy
 from cphandler.tokens.counts import checked_flag
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags, Table

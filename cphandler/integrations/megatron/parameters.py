@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
+import numpy as np
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from cphandler.comm.groups import GroupSource, resolve_group
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.handler.factory import get_cp_handler_cls
+from cphandler.tokens.offsets import as_int32
 
 PARTITION_MODES = ("zigzag", "contiguous")
 """Layouts that Megatron has names for (``PackedSeqParams.cp_partition_mode``, ``ContextParallelBatch``)."""
@@ -177,12 +178,9 @@ def _offsets(handler: ContextParallelHandler) -> dict[str, Tensor | None]:
     if handler.qkv_format != "thd":
         return found
     for name, documents in (("q", handler.documents), ("kv", handler.kv_documents)):
-        valid, physical = (
-            torch.from_numpy(table.copy()).to(torch.int32).to(handler.device)
-            for table in (documents.valid_offsets, documents.offsets)
-        )
-        found[f"cu_seqlens_{name}"] = valid
-        found[f"cu_seqlens_{name}_padded"] = None if torch.equal(valid, physical) else physical
+        same = np.array_equal(documents.valid_offsets, documents.offsets)
+        found[f"cu_seqlens_{name}"] = as_int32(documents.valid_offsets, handler.device)
+        found[f"cu_seqlens_{name}_padded"] = None if same else as_int32(documents.offsets, handler.device)
     return found
 
 
