@@ -1,4 +1,4 @@
-"""A pretraining script for Megatron-Core with a handler for each micro-batch; all else stays Megatron's."""
+"""Model, batch and loss for Megatron-Core with a handler for each micro-batch; all else stays Megatron's."""
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -29,5 +29,6 @@ def forward_step(iterator, model):
     batch, params = get_batch(iterator, model.config)
     tokens, positions, labels, mask = (batch[key] for key in ("tokens", "position_ids", "labels", "loss_mask"))
     losses = model(tokens, positions, None, labels=labels, loss_mask=mask, packed_seq_params=params)
-    # Megatron averages gradients over ranks: so divided, the average is the mean over the batch's tokens.
+    # Megatron's DDP averages gradients over ranks: so divided, the average is the mean over the batch's tokens. Its
+    # schedules want a loss function as well, and multiply what it returns: see "Losses and gradients" in megatron.md.
     return (losses * mask).sum() / cp.batch_tokens(mask.sum(), params)

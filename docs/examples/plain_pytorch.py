@@ -1,4 +1,4 @@
-"""A training step of any model that calls ``scaled_dot_product_attention``, on packed documents."""
+"""Loss and gradients of any model that calls ``scaled_dot_product_attention``, on packed documents."""
 
 import torch.distributed as dist
 
@@ -16,6 +16,6 @@ def train_step(model, documents, group):
         logits = model(local["tokens"], local["position_ids"])
         loss = language_model_loss(logits, local["labels"], handler)
         loss.backward()
-    for parameter in model.parameters():  # FSDP2 and DDP do this: multiply the loss by the ranks that they average over
+    for parameter in model.parameters():  # FSDP2 and DDP do this, and average: loss * loss_scale("mean", handler)
         dist.all_reduce(parameter.grad, group=group)
     return loss.detach()
