@@ -1,5 +1,7 @@
 """Model, batch and loss for Megatron-Core with a handler for each micro-batch; all else stays Megatron's."""
 
+from functools import partial
+
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -25,10 +27,8 @@ def get_batch(iterator, config):
 
 
 def forward_step(iterator, model):
-    """This rank's part of the loss of one micro-batch."""
+    """Losses of this rank's tokens, and the function that makes the schedule's loss of them."""
     batch, params = get_batch(iterator, model.config)
     tokens, positions, labels, mask = (batch[key] for key in ("tokens", "position_ids", "labels", "loss_mask"))
     losses = model(tokens, positions, None, labels=labels, loss_mask=mask, packed_seq_params=params)
-    # Megatron's DDP averages gradients over ranks: so divided, the average is the mean over the batch's tokens. Its
-    # schedules want a loss function as well, and multiply what it returns: see "Losses and gradients" in megatron.md.
-    return (losses * mask).sum() / cp.batch_tokens(mask.sum(), params)
+    return losses, partial(cp.loss_func, mask, params, model.config)

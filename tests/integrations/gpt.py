@@ -54,12 +54,21 @@ def _norm(config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.n
     return made
 
 
+_zeros = torch.zeros
+
+
+def _zeros_here(*shape: Any, device: Any = None, **settings: Any) -> Tensor:
+    """What a schedule counts tokens in is made on ``"cuda"``."""
+    return _zeros(*shape, device=None if device == "cuda" else device, **settings)
+
+
 def _patches() -> dict[str, Any]:
     """Every name of Megatron, or that Megatron asks of torch, which has no meaning without CUDA."""
     rotary = "megatron.core.models.common.embeddings"
     states = "megatron.core.tensor_parallel.random"
     return {
         "torch.cuda.current_device": lambda: torch.device("cpu"),
+        "megatron.core.pipeline_parallel.schedules.torch.zeros": _zeros_here,
         "megatron.core.transformer.torch_norm.WrappedTorchNorm.__new__": lambda _, *given, **named: _norm(
             *given, **named
         ),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import runpy
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,43 +15,102 @@ from torch import Tensor, nn
 
 from cphandler import get_batch_on_this_cp_rank, get_cp_handler_cls
 from cphandler.handler.contract import ContextParallelHandler
-from cphandler.testing import RankPool
+from cphandler.testing import RankError, RankPool
 
 pytest.importorskip("megatron.core")
 
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from cphandler.integrations.megatron import batch_tokens
 from tests.integrations.gpt import VOCABULARY, assert_alike, config_of, gpt, mean_over, megatron, packed
 from tests.integrations.test_megatron_model import LENGTHS, reference
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
-def example_case() -> None:
-    """Two steps' worth of gradients from one batch: the mean is the reference's."""
+SEEDS = (3, 4)
+"""Of two micro-batches of one step."""
+
+
+def example_case(per_token: bool, wrong: str | None = None) -> None:
+    """A step of two micro-batches in Megatron's schedule, then what its DDP and training loop do with what comes."""
     script = runpy.run_path(str(EXAMPLES / "megatron.py"))
+    batches = [packed([*LENGTHS, *LENGTHS[:i]], seed) for i, seed in enumerate(SEEDS)]
     with megatron():
-        expected, grads = reference("packed", False, 3)
+        losses, grads, counts = expected_of(batches)
         weights = gpt(config_of()).state_dict()
+    share = [count / sum(counts) if per_token else 1 / len(counts) for count in counts]
+    expected = {name: sum(s * grad[name] for s, grad in zip(share, grads, strict=True)) for name in grads[0]}
     with megatron(cp=4):
-        config = config_of(context_parallel_size=4, cp_comm_type="a2a+p2p")
-        settings = {"vocab_size": VOCABULARY, "max_sequence_length": 512, "position_embedding_type": "rope"}
-        model = script["model_provider"](config, **settings)
+        settings: dict[str, Any] = {"vocab_size": VOCABULARY, "max_sequence_length": 512}
+        config = config_of(
+            context_parallel_size=4,
+            cp_comm_type="a2a+p2p",
+            calculate_per_token_loss=per_token,
+            pipeline_dtype=torch.float,
+        )
+        model = script["model_provider"](config, **settings, position_embedding_type="rope")
         model.load_state_dict(weights)
-        iterator = repeat(packed(LENGTHS, 3))
-        losses = [script["forward_step"](iterator, model) for _ in range(2)]
-        for loss in losses:
-            loss.backward()
-            total = loss.detach().clone()
-            dist.all_reduce(total)
-            assert torch.allclose(total.float() / 4, expected, rtol=1e-5)
+        reports = get_forward_backward_func()(
+            forward_step_func=script["forward_step"] if wrong is None else with_function(script, wrong),
+            data_iterator=iter(batches),
+            model=model,
+            num_microbatches=len(batches),
+            seq_length=sum(LENGTHS),
+            micro_batch_size=1,
+        )
         found = mean_over(parallel_state.get_context_parallel_group(), model)
-        assert_alike({name: grad / 2 for name, grad in found.items()}, grads, "docs/examples/megatron.py")
+        if per_token:  # DDP adds up, and divides by what the schedule counted
+            found = {name: grad * 4 / sum(counts) for name, grad in found.items()}
+        for report, loss, count in zip(reports, losses, counts, strict=True):
+            total = report["lm loss"].clone()
+            dist.all_reduce(total)
+            assert total[1] == count
+            assert torch.allclose(total[0] / total[1], loss.float(), rtol=1e-5)
+        assert_alike(found, expected, "docs/examples/megatron.py")
 
 
-def test_the_script_of_the_documentation(ranks: RankPool) -> None:
-    ranks.run(example_case)
+def expected_of(batches: list[dict[str, Any]]) -> tuple[list[Tensor], list[dict[str, Tensor]], list[float]]:
+    """Each micro-batch on one rank: its mean loss, its gradients and its count."""
+    losses, grads, counts = [], [], []
+    for batch in batches:
+        with patch(f"{reference.__module__}.batch_of", lambda *_, batch=batch: batch):
+            loss, grad = reference.__wrapped__("packed", False, 0)
+        losses.append(loss)
+        grads.append(grad)
+        counts.append(batch["loss_mask"].sum().item())
+    return losses, grads, counts
+
+
+def with_function(script: dict[str, Any], wrong: str) -> Any:
+    """The script's step with another loss function."""
+
+    def own_loop(mask: Tensor, params: Any, losses: Tensor) -> tuple[Any, ...]:
+        total = (losses * mask).sum()
+        return total / batch_tokens(mask.sum(), params), {"lm loss": torch.stack([total.detach(), mask.sum()])}
+
+    def megatrons(mask: Tensor, params: Any, losses: Tensor) -> tuple[Any, ...]:
+        total, count = (losses * mask).sum(), mask.sum()
+        return total, count.int(), {"lm loss": torch.stack([total.detach(), count])}
+
+    def step(iterator: Any, model: Any) -> Any:
+        losses, function = script["forward_step"](iterator, model)
+        return losses, partial(own_loop if wrong == "own loop" else megatrons, *function.args[:2])
+
+    return step
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_script_of_the_documentation(ranks: RankPool, per_token: bool) -> None:
+    ranks.run(example_case, per_token)
+
+
+@pytest.mark.parametrize("wrong", ["own loop", "megatron's"])
+def test_other_loss_functions_are_found_wrong(ranks: RankPool, wrong: str) -> None:
+    with pytest.raises(RankError, match=r"docs/examples/megatron\.py: "):
+        ranks.run(example_case, False, wrong)
 
 
 class ProposedRotaryEmbedding(RotaryEmbedding):

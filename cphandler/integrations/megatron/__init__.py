@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cphandler.integrations.megatron.batch import get_thd_batch_on_this_cp_rank as get_thd_batch_on_this_cp_rank
     from cphandler.integrations.megatron.comm_types import cp_config as cp_config
     from cphandler.integrations.megatron.comm_types import cp_handler_cls as cp_handler_cls
+    from cphandler.integrations.megatron.loss import loss_func as loss_func
     from cphandler.integrations.megatron.model import with_handlers as with_handlers
     from cphandler.integrations.megatron.parameters import HandlerParams as HandlerParams
     from cphandler.integrations.megatron.parameters import handler_from_params as handler_from_params
@@ -34,6 +35,7 @@ _MODULES = {
     "attention": ("CPDotProductAttention", "CPMLASelfAttention", "CPSelfAttention"),
     "batch": ("get_batch_on_this_cp_rank", "get_thd_batch_on_this_cp_rank"),
     "comm_types": ("cp_config", "cp_handler_cls"),
+    "loss": ("loss_func",),
     "model": ("with_handlers",),
     "parameters": ("HandlerParams", "handler_from_params", "handler_of", "packed_params"),
     "roll": ("batch_tokens", "roll_tensor"),

@@ -46,11 +46,12 @@ def roll_and_count(
 
 
 def batch_tokens(number: Tensor, packed_seq_params: Any) -> Tensor:
-    """The tokens of the batch over its ranks: what each rank divides its sum of losses by.
+    """The tokens of the batch over its ranks: what each rank divides its sum of losses by, in a loop of your own.
 
     Megatron averages gradients, and the losses it logs, over data- and context-parallel ranks. The average of local
     sums over this number is the sum of all over the batch's tokens; over each rank's own count it is a mean of means,
-    which is another number as soon as ranks hold other counts, and 0 / 0 on a rank without any.
+    which is another number as soon as ranks hold other counts, and 0 / 0 on a rank without any. Megatron's schedules
+    multiply or divide once more: :func:`~cphandler.integrations.megatron.loss_func` is for them.
 
     Args:
         number: this rank's tokens that count, 0-dim.
