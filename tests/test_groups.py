@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -169,3 +170,14 @@ def config_case() -> None:
 
 def test_a_config_with_its_mesh(ranks: RankPool) -> None:
     ranks.run(config_case)
+
+
+def test_one_rank_by_accident_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``dist.group.WORLD`` is None before ``init_process_group``, whatever a launcher started."""
+    for size, said in (("2", True), ("1", False), ("two", False), ("", False)):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert get_cp_handler_cls("ring")(cp_group=dist.group.WORLD, max_seqlen_q=4).cp_size == 1
+        assert [warning.category for warning in found] == [RuntimeWarning] * said, size
+        assert not said or "init_process_group" in str(found[0].message)

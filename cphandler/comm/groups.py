@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -140,6 +142,7 @@ def world_group() -> CPGroup:
 
 def _resolved(cp_group: GroupSource, two_level: bool) -> CPGroup:
     if cp_group is None:
+        _warn_if_launched()
         return CPGroup(1, 0, "", None)
     source: Any = cp_group
     if hasattr(source, "build_device_mesh") and hasattr(source, "cp_size"):
@@ -163,6 +166,19 @@ def _resolved(cp_group: GroupSource, two_level: bool) -> CPGroup:
         got=f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__,
         fix=_A_GROUP,
     )
+
+
+def _warn_if_launched() -> None:
+    """``dist.group.WORLD`` is None until the process group is made, and the same batch would be every process's own."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size.isdecimal() and int(size) > 1 and not (dist.is_available() and dist.is_initialized()):
+        warnings.warn(
+            f"a group of one rank in one of {size} processes that a launcher started: cp_group is None, as "
+            "torch.distributed.group.WORLD is before init_process_group. Call that first; or initialize it and pass "
+            "None where one rank is meant",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _mesh_of_config(config: Any) -> Any:
