@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.attention.exchange import Block, Route, Rows, Sums, get_exchange, rows_of
 from cphandler.errors import UnsupportedError
-from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Tasks, get_kernel, select_kernel
+from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Task, Tasks, get_kernel, select_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.kernels.sums import ALL
@@ -199,6 +199,11 @@ class _PlanInUse:
             self._tasks[key] = Tasks(table)
         return self._tasks[key]
 
+    def fix(self, tasks: Tasks) -> None:
+        """Let a block of all of the plan's tasks have others, which are known by what kernels made of them."""
+        own = self.plan.tasks
+        self._tasks[own.__array_interface__["data"][0], len(own), own.strides] = tasks
+
 
 _in_use: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Per packed plan, what was made of it; gone with the tensor."""
@@ -212,6 +217,19 @@ def _unpacked(packed: Tensor) -> _PlanInUse:
     if known is None or known.version != packed._version:
         known = _in_use[packed] = _PlanInUse(packed, packed._version)
     return known
+
+
+def fixed_plan(cp_size: int, rank: int, tasks: Tasks) -> Tensor:
+    """A packed plan of one block that holds no tasks of its own, for tables that other packings are written into.
+
+    Args:
+        cp_size: ranks.
+        rank: this one.
+        tasks: what kernels find their tables by.
+    """
+    packed = Plan(cp_size, rank, np.zeros((1, len(Task._fields) + 1), dtype=np.int64)).to_tensor()
+    _unpacked(packed).fix(tasks)
+    return packed
 
 
 def bytes_kept_with(packed: Tensor) -> int:
