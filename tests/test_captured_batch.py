@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -67,6 +69,7 @@ class Setting(NamedTuple):
     heads: tuple[int, int] = (4, 2)
     kernel: str = "torch_flash"
     softcap: float | None = None
+    sinks: bool = False
 
     def handler(self, pack: Pack, group: Any = None, **arguments: Any) -> LayoutHandler:
         config = CPConfig(kernel=prefixed(self.kernel))
@@ -86,11 +89,15 @@ class Data:
         documents = handler.documents
         self.seen = visible_pairs(setting.mask, documents)
         q, k, v, grad = self.drawn
-        options = {"qkv_format": "thd", "softcap": setting.softcap}
+        options: dict[str, Any] = {"qkv_format": "thd", "softcap": setting.softcap, "sinks": sinks_of(setting)}
         self.expected = dense_gradients((q, k, v), self.seen, grad, self.grad_lse, **options)
         real = torch.from_numpy(documents.is_valid(torch.arange(TOKENS).numpy()))
         for x in (*self.drawn, self.grad_lse):
             x[~real] = float("nan")
+
+
+def sinks_of(setting: Setting) -> Tensor | None:
+    return torch.linspace(-1, 1, setting.heads[0]) if setting.sinks else None
 
 
 class Step:
@@ -100,7 +107,7 @@ class Step:
         rows, (heads, groups) = batch.handler.num_local_tokens, setting.heads
         self.inputs = [torch.zeros(rows, n, 16, dtype=BFLOAT).requires_grad_() for n in (heads, groups, groups)]
         self.grads = torch.zeros(rows, heads, 16, dtype=BFLOAT), torch.zeros(rows, heads)
-        self.batch, self.softcap = batch, setting.softcap
+        self.batch, self.softcap, self.sinks = batch, setting.softcap, sinks_of(setting)
         self.table = torch.arange(float(batch.handler.get_rotary_seq_len())).unsqueeze(1)
         self.results: list[Tensor] = []
 
@@ -114,23 +121,27 @@ class Step:
     def run(self) -> None:
         handler = self.batch.handler
         angles = handler.get_emb_on_this_cp_rank(self.table)
-        out, lse, _ = handler.core_attn(None, *self.inputs, return_lse=True, softcap=self.softcap)
-        grads = torch.autograd.grad((out, lse), self.inputs, self.grads)
+        leaves = [*self.inputs, *([] if self.sinks is None else [self.sinks.requires_grad_()])]
+        out, lse, _ = handler.core_attn(None, *self.inputs, return_lse=True, softcap=self.softcap, sinks=self.sinks)
+        grads = torch.autograd.grad((out, lse), leaves, self.grads)
         facts = handler.position_ids, handler.valid_mask, angles
-        self.results = [x.detach() for x in (out, lse, *grads, *facts)]
+        self.results = [x.detach() for x in (*facts, out, lse, *grads)]
 
     def compare(self, data: Data, handler: LayoutHandler) -> None:
         """All that this rank has against the definition."""
         out, lse, grads = data.expected
         names = ("out", "lse", "dq", "dk", "dv")
-        for name, actual, whole in zip(names, self.results[:5], (out, lse, *grads), strict=True):
+        if self.sinks is not None:
+            assert_close(self.results[8], grads[3], dtype=BFLOAT, what="dsinks")
+        for name, actual, whole in zip(names, self.results[3:8], (out, lse, *grads[:3]), strict=True):
             wanted = handler.dispatch(whole, 0, pad_value=float("-inf") if name == "lse" else 0)
             assert_close(actual, wanted, dtype=BFLOAT, what=name)
             nothing = actual[~handler.valid_mask]
             assert (nothing == (float("-inf") if name == "lse" else 0)).all(), f"{name} of rows that hold no token"
-        assert torch.equal(self.results[5], handler.position_ids)
-        assert torch.equal(self.results[6], handler.valid_mask)
-        assert torch.equal(self.results[7][:, 0], handler.position_ids.float())
+        ids, valid, angles = self.results[:3]
+        assert torch.equal(ids, handler.position_ids)
+        assert torch.equal(valid, handler.valid_mask)
+        assert torch.equal(angles[:, 0], handler.position_ids.float())
 
 
 def replayed(setting: Setting) -> list[str]:
@@ -163,6 +174,7 @@ ALONE = [
     Setting("local"),
     Setting("local", mask=Full(), heads=(3, 1)),
     Setting("local", mask=WINDOW),
+    Setting("local", packs=PADDED[:2], sinks=True),
     Setting("local", packs=PADDED),
     Setting("local", packs=PADDED, mask=WINDOW),
     Setting("ulysses", packs=PADDED),
@@ -403,6 +415,42 @@ def outside_alone() -> None:
 
 def test_what_is_for_outside_of_a_capture(ranks: RankPool) -> None:
     ranks.run(outside_alone)
+
+
+class Seat(NamedTuple):
+    """A place in a group that is not there."""
+
+    ranks: int
+    number: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.number
+
+
+def drawn(chosen: random.Random, tokens: int, most: int) -> Pack:
+    """Documents of any length, empty ones among them."""
+    cuts = sorted(chosen.choices(range(tokens + 1), k=chosen.randrange(most)))
+    walls = [0, *cuts, tokens]
+    return Pack(tuple(b - a for a, b in pairwise(walls)))
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("mask", [Causal(), Full()], ids=str)
+def test_gathered_tables_have_room_for_every_packing(layout: str, mask: Mask) -> None:
+    """As many documents as there may be and no more, of any length, on every rank."""
+    chosen = random.Random(f"{layout} {mask}")
+    for size in (2, 3, 4, 8):
+        tokens, most = chosen.randint(1, 90), chosen.randint(1, 12)
+        for rank in {0, size // 2, size - 1}:
+            given: dict[str, Any] = {"group": Seat(size, rank), "config": CPConfig()}
+            setting = Setting("all_gather", size, layout, mask)
+            one = setting.handler(Pack((tokens,)), **given)
+            batch = CapturedBatch(one, max_documents=most, device="cpu")
+            for _ in range(6):
+                batch.load(setting.handler(drawn(chosen, tokens, most), **given))
 
 
 def disagreeing() -> None:

@@ -13,7 +13,7 @@ from cphandler.attention.call import AttentionCall, TensorRules, batch_first, fr
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import get_exchange
-from cphandler.attention.loop import OPEN, AttentionResult, Indices, Scalars, attention, max_logit
+from cphandler.attention.loop import OF_DOCUMENTS, OPEN, AttentionResult, Indices, Scalars, attention, max_logit
 from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.attention.plans import Plans
 from cphandler.comm import collectives
@@ -203,7 +203,9 @@ class Attention:
         call = AttentionCall.traced(attn_mod, tensors, AttentionOptions.checked(options), self._rules, self.host.mask)
         self._check_capabilities(call)
         self.check_call(call)
-        return call._replace(kernel=OPEN + self.host.config.kernel, prepared=prepared)
+        follows = self._rules.qkv_format == "thd" or self._rules.batch is not None
+        kernel = OPEN + (OF_DOCUMENTS if follows else "") + self.host.config.kernel
+        return call._replace(kernel=kernel, prepared=prepared)
 
     def _prepared_for(self, mask: Mask | str | None, device: torch.device) -> Prepared | None:
         wanted = None if mask is None else make_mask(mask)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import Block, Route, Rows, Sums, get_exchange, rows_of
 from cphandler.errors import UnsupportedError
 from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Task, Tasks, get_kernel, select_kernel
@@ -164,6 +165,9 @@ class Scalars(NamedTuple):
 OPEN = "?"
 """In front of a kernel's name: the operators choose, since a compiler that traces a call knows no kernels."""
 
+OF_DOCUMENTS = "*"
+"""Behind it, where launches follow from a packing or from padding: such a call is not for a CUDA graph."""
+
 MOST_MASKS = 32
 """Tables of hidden scores kept with a plan, a few MB each at most; only windows of many widths need more."""
 
@@ -287,7 +291,12 @@ def _chosen(scalars: Scalars, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
     """The kernel that the tensors of a call come to."""
     softcap, dropout = bool(scalars.softcap), bool(scalars.dropout_p)
     asked = {"deterministic": scalars.deterministic, "softcap": softcap, "dropout": dropout}
-    return get_kernel(select_kernel(scalars.kernel.removeprefix(OPEN), q, k, v, **asked), q.device.type)
+    name = scalars.kernel.removeprefix(OPEN)
+    if name.startswith(OF_DOCUMENTS):
+        name = name.removeprefix(OF_DOCUMENTS)
+        if q.device.type == CAPTURED and is_capturing():
+            check_capture("a compiled block", scalars.exchange, packed=True, padded=False)
+    return get_kernel(select_kernel(name, q, k, v, **asked), q.device.type)
 
 
 def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Sums | None = None) -> Iterator[Block]:

@@ -101,7 +101,9 @@ class LaunchRoom(NamedTuple):
 
     def launch(self, tensors: Iterator[Tensor]) -> Launch:
         """With its tables from a device."""
-        offsets = Offsets(next(tensors), next(tensors), self.queries.longest, self.keys.longest)
+        # Kernels take a longest length of 1 for decoding, with as many rows as sequences.
+        longest = (max(2, side.longest) for side in (self.queries, self.keys))
+        offsets = Offsets(next(tensors), next(tensors), *longest)
         return Launch(self.window, self.queries.gathered(tensors), self.keys.gathered(tensors), offsets)
 
 
