@@ -474,7 +474,7 @@ def test_ranks_agree_on_what_they_load(ranks: RankPool) -> None:
 def layouts_without_tables() -> None:
     group = partition_group([range(4)])
     for layout, mask in (("balanced", Causal()), ("zigzag", WINDOW)):
-        handler = Setting("all_gather", 4, layout, mask).handler(PACKS[0], group)
+        handler = Setting("all_gather", 4, layout, mask).handler(PACKS[0], group, config=CPConfig())
         with pytest.raises(UnsupportedError, match=r"cut into tasks that follow from the packing.*use the ulysses"):
             CapturedBatch(handler, max_documents=3, device="cpu")
 
