@@ -65,13 +65,17 @@ class Buffer:
                 fix="make a buffer for them",
             )
         on_host = self._bytes.device.type == "cpu"
-        pinned = self._bytes.device.type == "cuda"
-        host = self._bytes if on_host else torch.empty(len(self._bytes), dtype=torch.uint8, pin_memory=pinned)
+        host = self._bytes if on_host else self._room()
         flat = host.numpy()
         for start, table in zip(self._starts, tables, strict=True):
             flat[start : start + table.nbytes] = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
         if not on_host:
             self._bytes.copy_(host, non_blocking=True)
+
+    def _room(self) -> Tensor:
+        """As many bytes on the host, whatever the default device is."""
+        pinned = self._bytes.device.type == "cuda"
+        return torch.empty(len(self._bytes), dtype=torch.uint8, device="cpu", pin_memory=pinned)
 
 
 def _dtype(table: Array) -> torch.dtype:
