@@ -17,6 +17,7 @@ class UlyssesAttention(Attention):
     """Heads for tokens, attention over whole documents, and tokens for heads."""
 
     whole = True
+    serves_packings = True
 
     def head_parallel(self, device: torch.device) -> HeadParallel:
         """All heads over all ranks."""

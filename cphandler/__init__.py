@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # "as" tells type checkers that a name is public; a test comp
     from cphandler.errors import RankLostError as RankLostError
     from cphandler.errors import RankMismatchError as RankMismatchError
     from cphandler.errors import UnsupportedError as UnsupportedError
+    from cphandler.handler.captured import CapturedBatch as CapturedBatch
     from cphandler.handler.contract import ContextParallelHandler as ContextParallelHandler
     from cphandler.handler.explanation import Explanation as Explanation
     from cphandler.handler.factory import Availability as Availability
@@ -124,6 +125,7 @@ _MODULES: dict[str, str] = {
     "CPError": "errors",
     "CPMesh": "training.meshes",
     "Capabilities": "attention.capabilities",
+    "CapturedBatch": "handler.captured",
     "Causal": "tokens.masks",
     "Chunked": "tokens.masks",
     "ContextParallelHandler": "handler.contract",

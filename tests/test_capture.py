@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from cphandler import UnsupportedError, get_cp_handler_cls
-from cphandler.attention import attention
+from cphandler.attention import attention, loop
 from cphandler.handler import layout_handler
 from cphandler.testing import RankPool, partition_group
 
@@ -42,6 +43,19 @@ def test_padding_is_refused_and_dense_batches_are_not() -> None:
     padded = get_cp_handler_cls("local")(qkv_format="bshd", max_seqlen_q=12, key_padding_mask=real)
     with captured(), pytest.raises(UnsupportedError, match="would replay its padding for every other batch"):
         call(padded)
+
+
+def test_compiled_blocks_are_refused_by_name() -> None:
+    """The operator tells, since a traced call checks nothing when it runs."""
+    believed = mock.patch.multiple(loop, CAPTURED="cpu", is_capturing=lambda: True)
+    for form, told in (("thd", "a compiled block: a CUDA graph of this batch"), ("bshd", "")):
+        where = {"cu_seqlens_q": [0, 5, 12]} if form == "thd" else {"max_seqlen_q": 12}
+        handler = get_cp_handler_cls("local")(qkv_format=form, **where)
+        handler.plan()
+        block = torch.compile(call, fullgraph=True, backend="eager")
+        block(handler)
+        with believed, pytest.raises(UnsupportedError, match=told) if told else nullcontext():
+            block(handler)
 
 
 def agreed_before(size: int) -> None:

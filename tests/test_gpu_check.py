@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import kernels, ring, waits
+from benchmarks.gpu import graphs, kernels, ring, waits
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.rows import OK, WRONG, Record
 from benchmarks.gpu.work import Inputs, direct
-from cphandler import Causal, SlidingWindow
+from cphandler import CapturedBatch, Causal, SlidingWindow
 from cphandler.kernels import registry
 from cphandler.kernels.kernel import Softmax
 from cphandler.kernels.registry import get_kernel
 from cphandler.kernels.task import Task
 from cphandler.kernels.torch_cpu import TorchCpuKernel
+from tests.doubles.graphs import captured, room
 from tests.doubles.packages import kernels_on_cpu
 
 CPU = torch.device("cpu")
@@ -34,12 +36,12 @@ class Drifting(TorchCpuKernel):
 
 def test_the_parts_that_need_no_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
-    assert main(["--device", "cpu", "--small", "--only", "kernels,ring,waits", "--json", str(path)]) == 0
+    assert main(["--device", "cpu", "--small", "--only", "kernels,ring,waits,graphs", "--json", str(path)]) == 0
     said = capsys.readouterr().out
     assert "never run here: NCCL" in said
     assert "0 wrong of" in said
     rows = json.loads(path.read_text())["rows"]
-    assert {row["part"] for row in rows} == {"kernels", "local", "ring", "speed", "waits"}
+    assert {row["part"] for row in rows} == {"kernels", "local", "ring", "speed", "waits", "graphs"}
     assert {row["verdict"] for row in rows if row["part"] in ("kernels", "ring")} == {OK}
 
 
@@ -95,3 +97,19 @@ def test_the_kernel_alone_makes_its_launches_and_no_more() -> None:
         calls.clear()
         call()
     assert sorted(calls) == ["flash backward", "flash backward", "flash forward", "flash forward"]
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    with captured() as graph:
+        step()
+    return graph.replay
+
+
+def test_a_graph_is_replayed_for_every_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with kernels_on_cpu(), room():
+        for mask in (Causal(), SlidingWindow(20)):
+            row = graphs.row_of("flash", mask, graphs.replays("double_torch_flash", mask, 64, CPU, recorded))
+            assert row.verdict == OK, row
+        monkeypatch.setattr(CapturedBatch, "load", lambda batch, handler: None)
+        row = graphs.row_of("flash", Causal(), graphs.replays("double_torch_flash", Causal(), 64, CPU, recorded))
+        assert row.verdict == WRONG, row

@@ -10,9 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cphandler import Causal, CPConfig, Full, Mask, SlidingWindow, clear_plan_cache, get_cp_handler_cls
+from cphandler import (
+    Causal,
+    CPConfig,
+    Full,
+    InvalidValueError,
+    Mask,
+    SlidingWindow,
+    clear_plan_cache,
+    get_cp_handler_cls,
+)
 from cphandler.kernels import launches
+from cphandler.kernels.buffer import Buffer, on_device
 from cphandler.testing import RankPool
 from tests.doubles import operators
 from tests.doubles.packages import kernels_on_cpu
@@ -93,3 +104,53 @@ def test_other_exchanges(ranks: RankPool, backend: str, steps: int) -> None:
         assert found["launches"] == {"forward": steps, "backward": steps}
         assert found["waits"] == []
         assert found["tables"] == 0
+
+
+def test_all_tables_of_a_block_come_in_one_copy() -> None:
+    """Of several windows over padded documents: offsets, rows to gather and rows to add to, forward and backward."""
+    with mock.patch.dict(operators.DOUBLES, HOLLOW), kernels_on_cpu():
+        clear_plan_cache()
+        offsets = {"cu_seqlens_q": [0, 6, 26, 27, 33, 53], "cu_seqlens_q_padded": [0, 8, 29, 32, 38, 60]}
+        config = CPConfig(kernel="double_torch_flash")
+        handler = get_cp_handler_cls("local")(qkv_format="thd", mask=SlidingWindow(9), config=config, **offsets)
+        q = torch.randn(60, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+        with mock.patch.object(Buffer, "write", autospec=True, side_effect=Buffer.write) as written:
+            handler.core_attn(None, q, q, q).sum().backward()
+    assert written.call_count == 1
+    assert len(written.call_args.args[1]) > 4
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += "copy" in func._schema.name
+        return func(*args, **kwargs or {})
+
+
+def test_a_buffer_is_one_copy_to_another_device() -> None:
+    """A device without memory of its own stands for one that has some."""
+    tables = [np.arange(7), np.arange(3, dtype=np.int32), np.ones((2, 5), dtype=np.bool_), np.zeros(0, dtype=np.int64)]
+    with Copies() as copies, torch.device("meta"):  # the default device is not where tables are laid out
+        views = on_device(tables, torch.device("meta"))
+    assert copies.number == 1
+    assert [(list(x.shape), x.dtype) for x in views] == [
+        ([7], torch.int64),
+        ([3], torch.int32),
+        ([2, 5], torch.bool),
+        ([0], torch.int64),
+    ]
+    for view, table in zip(on_device(tables, torch.device("cpu")), tables, strict=True):
+        assert torch.equal(view, torch.from_numpy(table))
+        assert view.data_ptr() % 16 == 0 or not len(table)
+
+
+def test_a_buffer_takes_tables_of_its_shapes() -> None:
+    buffer = Buffer([np.arange(3), np.arange(2)], torch.device("cpu"))
+    for wrong in ([np.arange(3)], [np.arange(3), np.arange(3)], [np.arange(3), np.arange(2, dtype=np.int32)]):
+        with pytest.raises(InvalidValueError, match="tables must have the shapes of those whose place they take"):
+            buffer.write(wrong)
+    buffer.write([np.arange(3) + 5, np.arange(2) + 9])
+    assert [view.tolist() for view in buffer.views] == [[5, 6, 7], [9, 10]]

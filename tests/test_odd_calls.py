@@ -299,6 +299,27 @@ ROWS: dict[str, Row] = {
     "get_cp_handler_cls of one": Row(
         get_cp_handler_cls, lambda: {"backend": "local", "cp_comm_type": "ring"}, {"cp_comm_type": {"None"}}
     ),
+    "CapturedBatch": Row(
+        cphandler.CapturedBatch,
+        lambda: {
+            "handler": packed(),
+            "max_documents": 2,
+            "max_seqlen": 12,
+            "padding": False,
+            "masks": (),
+            "device": "cpu",
+        },
+        {
+            "max_documents": {"five"},
+            "max_seqlen": {"None"},
+            "padding": {"None", "True", "False"},
+            "masks": {"an empty tuple", "an empty list"},
+            "device": {"None"},
+        },
+    ),
+    "CapturedBatch.load": Row(
+        cphandler.CapturedBatch(HANDLER, max_documents=2, device="cpu").load, lambda: {"handler": packed()}, {}
+    ),
     "merge": Row(
         merge,
         lambda: {"out1": heads(), "lse1": torch.rand(12, 2), "out2": heads(), "lse2": torch.rand(12, 2)},

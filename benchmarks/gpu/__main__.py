@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import cphandler
+from benchmarks.gpu.graphs import check_graphs
 from benchmarks.gpu.kernels import check_kernels, check_one_rank
 from benchmarks.gpu.ranks import check_demo, check_ranks
 from benchmarks.gpu.ring import check_ring, time_ring
@@ -23,6 +24,7 @@ from benchmarks.gpu.waits import check_waits
 PARTS: dict[str, tuple[Callable[..., None], ...]] = {
     "kernels": (check_kernels, check_one_rank),
     "waits": (check_waits,),
+    "graphs": (check_graphs,),
     "ring": (check_ring, time_ring),
     "ranks": (check_ranks,),
     "demo": (check_demo,),

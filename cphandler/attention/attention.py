@@ -13,7 +13,7 @@ from cphandler.attention.call import AttentionCall, TensorRules, batch_first, fr
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import get_exchange
-from cphandler.attention.loop import OPEN, AttentionResult, Indices, Scalars, attention, max_logit
+from cphandler.attention.loop import OF_DOCUMENTS, OPEN, AttentionResult, Indices, Scalars, attention, max_logit
 from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.attention.plans import Plans
 from cphandler.comm import collectives
@@ -95,6 +95,13 @@ class Prepared(NamedTuple):
         return self.device is None or self.device == device
 
 
+class FixedTables(Protocol):
+    """Tables in memory that stays where it is, for a CUDA graph that serves every packing written there."""
+
+    def served(self, name: str, call: AttentionCall) -> AttentionCall:
+        """The call with what attention needs of them, or a refusal."""
+
+
 class Attention:
     """One algorithm over one batch: checks a call, computes, and arranges what comes back.
 
@@ -120,6 +127,7 @@ class Attention:
         self._plans: dict[bool, Plans] = {}
         self._prepared_own: tuple[Prepared, ...] = ()
         self._prepared_others: tuple[tuple[Mask, Prepared], ...] = ()
+        self.fixed: FixedTables | None = None
         check_kernel_name(host.config.kernel)
         if exchange:
             get_exchange(exchange)  # a name that is none is refused here, with one rank too
@@ -130,6 +138,15 @@ class Attention:
     def parts(self) -> tuple[Attention, ...]:
         """The algorithms that calls come to."""
         return (self,)
+
+    @property
+    def serves_packings(self) -> bool:
+        """Whether its messages are the same for all packings of as many tokens, so that one CUDA graph can hold them.
+
+        An algorithm of its own says so itself; its :meth:`compute` then takes what a call has prepared.
+        """
+        gathers = bool(self.exchange) and get_exchange(self.exchange).gathers
+        return type(self).compute is Attention.compute and not self.engine and (self.whole or gathers)
 
     def set_up(self) -> None:
         """Make what the algorithm needs beside the shards, such as groups of its own; nothing by default."""
@@ -181,12 +198,14 @@ class Attention:
         prepared = self._prepared_for(options.get("mask"), tensors[0].device)
         own_module = attn_mod is not None and not isinstance(attn_mod, CoreAttention)
         drops = bool(options.get("dropout_p")) or (isinstance(attn_mod, CoreAttention) and attn_mod.drops(options))
-        if prepared is None or own_module or drops:
+        if prepared is None or own_module or drops or self.fixed is not None:
             return None
         call = AttentionCall.traced(attn_mod, tensors, AttentionOptions.checked(options), self._rules, self.host.mask)
         self._check_capabilities(call)
         self.check_call(call)
-        return call._replace(kernel=OPEN + self.host.config.kernel, prepared=prepared)
+        follows = self._rules.qkv_format == "thd" or self._rules.batch is not None
+        kernel = OPEN + (OF_DOCUMENTS if follows else "") + self.host.config.kernel
+        return call._replace(kernel=kernel, prepared=prepared)
 
     def _prepared_for(self, mask: Mask | str | None, device: torch.device) -> Prepared | None:
         wanted = None if mask is None else make_mask(mask)
@@ -223,6 +242,8 @@ class Attention:
             self._check_capabilities(call)
             self.check_call(call)
             self._check_tangents(call)
+            if self.fixed is not None:
+                return self.fixed.served(self.name, call)
             if call.q.device.type == CAPTURED and is_capturing():
                 padded = host.shards.keys.padded_rows is not None
                 check_capture(self.name, self.exchange, packed=host.qkv_format == "thd", padded=padded)

@@ -33,8 +33,34 @@ def check_capture(name: str, exchange: str, *, packed: bool, padded: bool) -> No
         return
     what = "documents" if packed else "padding"
     moved = f"the launches, and the messages of {exchange!r}," if exchange else "the launches"
+    way_out = "capture the handler of a CapturedBatch, made of this one (local, ulysses and all_gather have it), or "
     raise UnsupportedError(
         f"{name}: a CUDA graph of this batch would replay its {what} for every other batch, without a word",
         got=f"a capture of core_attn, where {moved} follow from the {what}",
-        fix="leave attention out of the graph, or capture dense batches without padding",
+        fix=f"{way_out if packed else ''}leave attention out of the graph, or capture dense batches without padding",
+    )
+
+
+def check_facts(name: str, method: str, *, packed: bool, padded: bool, served: bool = False) -> None:
+    """Refuse to capture what else a handler does with tables that follow from one batch's documents or padding.
+
+    Args:
+        name: the handler's class.
+        method: what was asked of it.
+        packed: whether the batch is one of documents.
+        padded: whether rows of a dense batch have padding of their own.
+        served: whether the handler of a :class:`~cphandler.CapturedBatch` has it from tables that stay in place.
+
+    Raises:
+        UnsupportedError: a packed or padded batch.
+    """
+    if not packed and not padded:
+        return
+    outside = (
+        f"call {method} before the capture and before each replay, and copy what it gives into a tensor that stays"
+    )
+    raise UnsupportedError(
+        f"{name}.{method} in a CUDA graph would replay this batch's rows for every other batch, without a word",
+        got=f"a capture of {method}",
+        fix=f"ask the handler of a CapturedBatch, or {outside}" if served and packed else outside,
     )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import Block, Route, Rows, Sums, get_exchange, rows_of
 from cphandler.errors import UnsupportedError
-from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Tasks, get_kernel, select_kernel
+from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Task, Tasks, get_kernel, select_kernel
 from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.kernels.sums import ALL
@@ -164,6 +165,9 @@ class Scalars(NamedTuple):
 OPEN = "?"
 """In front of a kernel's name: the operators choose, since a compiler that traces a call knows no kernels."""
 
+OF_DOCUMENTS = "*"
+"""Behind it, where launches follow from a packing or from padding: such a call is not for a CUDA graph."""
+
 MOST_MASKS = 32
 """Tables of hidden scores kept with a plan, a few MB each at most; only windows of many widths need more."""
 
@@ -199,6 +203,11 @@ class _PlanInUse:
             self._tasks[key] = Tasks(table)
         return self._tasks[key]
 
+    def fix(self, tasks: Tasks) -> None:
+        """Let a block of all of the plan's tasks have others, which are known by what kernels made of them."""
+        own = self.plan.tasks
+        self._tasks[own.__array_interface__["data"][0], len(own), own.strides] = tasks
+
 
 _in_use: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Per packed plan, what was made of it; gone with the tensor."""
@@ -212,6 +221,19 @@ def _unpacked(packed: Tensor) -> _PlanInUse:
     if known is None or known.version != packed._version:
         known = _in_use[packed] = _PlanInUse(packed, packed._version)
     return known
+
+
+def fixed_plan(cp_size: int, rank: int, tasks: Tasks) -> Tensor:
+    """A packed plan of one block that holds no tasks of its own, for tables that other packings are written into.
+
+    Args:
+        cp_size: ranks.
+        rank: this one.
+        tasks: what kernels find their tables by.
+    """
+    packed = Plan(cp_size, rank, np.zeros((1, len(Task._fields) + 1), dtype=np.int64)).to_tensor()
+    _unpacked(packed).fix(tasks)
+    return packed
 
 
 def bytes_kept_with(packed: Tensor) -> int:
@@ -269,7 +291,12 @@ def _chosen(scalars: Scalars, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
     """The kernel that the tensors of a call come to."""
     softcap, dropout = bool(scalars.softcap), bool(scalars.dropout_p)
     asked = {"deterministic": scalars.deterministic, "softcap": softcap, "dropout": dropout}
-    return get_kernel(select_kernel(scalars.kernel.removeprefix(OPEN), q, k, v, **asked), q.device.type)
+    name = scalars.kernel.removeprefix(OPEN)
+    if name.startswith(OF_DOCUMENTS):
+        name = name.removeprefix(OF_DOCUMENTS)
+        if q.device.type == CAPTURED and is_capturing():
+            check_capture("a compiled block", scalars.exchange, packed=True, padded=False)
+    return get_kernel(select_kernel(name, q, k, v, **asked), q.device.type)
 
 
 def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Sums | None = None) -> Iterator[Block]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cphandler.attention.attention import Attention
 from cphandler.attention.capabilities import Capabilities
-from cphandler.attention.capture import is_capturing
+from cphandler.attention.capture import CAPTURED, check_facts, is_capturing
 from cphandler.attention.options import OptionalArguments
 from cphandler.attention.plans import take_ahead
 from cphandler.comm.consistency import Consistency, digest, kind_of, shortened, shown
@@ -207,11 +207,24 @@ class LayoutHandler(ContextParallelHandler):
         """False under the replicated layout."""
         return self.cp_size > 1 and not self.layout.replicated
 
+    def _check_capture(self, method: str, device: torch.device, *, served: bool = False) -> None:
+        """Refuse to have one packing's rows in a CUDA graph; see :func:`check_facts`."""
+        if device.type == CAPTURED and is_capturing():
+            padded = self.shards.keys.padded_rows is not None
+            packed = self.qkv_format == "thd"
+            check_facts(type(self).__name__, method, packed=packed, padded=padded, served=served)
+
     @untraced
     def _table_rows(self, freqs_mode: FreqsMode, device: torch.device, stream: str) -> Tensor:
         if freqs_mode == "packed":
+            self._check_capture("get_emb_on_this_cp_rank", device, served=True)
             return self.shards[stream].tensor("tokens", device).clamp(min=0)
         return self._positions_on(device, stream)
+
+    @untraced
+    def _positions_on(self, device: torch.device, stream: str) -> Tensor:
+        self._check_capture("position_ids", device, served=True)
+        return super()._positions_on(device, stream)
 
     def _document_positions(self, device: torch.device, stream: str) -> Tensor:
         return self.shards[stream].tensor("positions", device)
@@ -300,6 +313,7 @@ class LayoutHandler(ContextParallelHandler):
             dim = check()
         if not self.sequence_sharded:
             return tensor
+        self._check_capture("dispatch", tensor.device)
         rows = dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name, grad)
         return self._consistency.watched(rows) if self._gathers_gradient(tensor, grad) else rows
 
@@ -319,6 +333,7 @@ class LayoutHandler(ContextParallelHandler):
         if not self.sequence_sharded:
             check()
             return tensor
+        self._check_capture("combine", tensor.device)
         dim = self.agreed("combine", check, lambda dim: f"dim {dim} of {kind_of(tensor)}, grad {grad}")
         return self._consistency.watched(combine_rows(tensor, dim, self.shards[stream], grad, self.ranks.name))
 
@@ -401,6 +416,8 @@ class LayoutHandler(ContextParallelHandler):
         def describe(dim: int) -> str:
             return f"by {shifts if isinstance(shifts, int) else list(shifts)} in dim {dim} of {kind_of(tensor)}"
 
+        if isinstance(tensor, Tensor):
+            self._check_capture("roll_tensor", tensor.device)
         dim = self.agreed("roll_tensor", check, describe) if self.sequence_sharded else check()
         farthest = self.shards[stream].layout.num_tokens  # from there on nothing moves
         each = tuple(max(-farthest, min(farthest, shift)) for shift in checked_shifts(shifts))

@@ -43,6 +43,7 @@ class FlashAttn2Kernel(VarlenKernel):
     name = "flash_attn_2"
     package = PACKAGE
     deterministic = True
+    takes_room = True
     refuses: ClassVar[Mapping[str, str]] = NO_DROPOUT
 
     def unusable(self) -> str | None:

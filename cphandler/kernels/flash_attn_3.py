@@ -45,6 +45,7 @@ class FlashAttn3Kernel(VarlenKernel):
     name = "flash_attn_3"
     package = PACKAGE
     deterministic = True
+    takes_room = True
     refuses: ClassVar[Mapping[str, str]] = NO_DROPOUT
 
     def unusable(self) -> str | None:

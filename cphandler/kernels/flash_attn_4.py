@@ -41,6 +41,7 @@ class FlashAttn4Kernel(VarlenKernel):
     package = PACKAGE
     deterministic = True
     takes_grad_lse = True
+    takes_room = True
     refuses: ClassVar[Mapping[str, str]] = NO_DROPOUT
 
     def unusable(self) -> str | None:

@@ -93,6 +93,15 @@ class Kernel(ABC):
         del dtype
         return True
 
+    def serves_packings(self, dtype: torch.dtype) -> bool:
+        """Whether launches that were recorded in a CUDA graph can serve other packings of as many tokens.
+
+        Args:
+            dtype: of queries, keys and values.
+        """
+        del dtype
+        return False
+
     @abstractmethod
     def misfit(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why this kernel cannot take these tensors, or None. Looks at dtype, device and head dims only."""

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.kernels.buffer import Array, on_device
 from cphandler.kernels.shapes import HI, LO, NK, NQ, K, Q
-from cphandler.tokens.intervals import UNBOUNDED, Table
+from cphandler.tokens.intervals import UNBOUNDED, Table, expand
 
 UNLIMITED = -1
 """A side of a window that hides nothing, as every flash kernel writes it."""
@@ -45,12 +46,15 @@ class Gathered(NamedTuple):
         places: ``[number]`` int64, otherwise.
         turns: what is added to a row more than once comes in turns, each with no row twice: which of the gathered rows
             (None for all), and where they belong.
+        pulls: in place of turns, where the tables have room: for every row there is, which of the gathered ones it
+            takes, and whether it takes none; ``[L]`` int64 and bool.
     """
 
     number: int
     rows: slice | None
     places: Tensor | None
     turns: tuple[tuple[Tensor | None, Tensor], ...]
+    pulls: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def of(self, x: Tensor) -> Tensor:
         """The rows ``[B, number, ...]`` of ``[B, L, ...]``; a view where they lie side by side."""
@@ -59,7 +63,7 @@ class Gathered(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        tables = [self.places, *(table for turn in self.turns for table in turn)]
+        tables = [self.places, *(table for turn in (*self.turns, *self.pulls) for table in turn)]
         return sum(table.nbytes for table in tables if table is not None)
 
 
@@ -112,9 +116,11 @@ def launches(table: Table, batch: int, device: torch.device) -> Launches:
     Args:
         table: ``[n, 6]``: what :func:`~cphandler.kernels.shapes.cut` gave for tasks over one block of keys.
         batch: rows of the batch, in each of which they are computed.
-        device: where tables are needed.
+        device: where tables are needed; one copy brings all of them.
     """
-    return Launches(_launch(window, part, batch, device) for window, part in grouped(table))
+    made = [_Host.of(window, part, batch) for window, part in grouped(table)]
+    tensors = iter(on_device([table for one in made for table in one.tables], device))
+    return Launches(one.launch(tensors) for one in made)
 
 
 def grouped(table: Table) -> Iterator[tuple[Window, Table]]:
@@ -126,38 +132,75 @@ def grouped(table: Table) -> Iterator[tuple[Window, Table]]:
         yield Window(*window), part[np.lexsort((part[:, K], part[:, Q]))]
 
 
-def _launch(window: Window, table: Table, batch: int, device: torch.device) -> Launch:
-    queries = _gathered(table[:, Q], table[:, NQ], device)
-    keys = _gathered(table[:, K], table[:, NK], device)
-    if len(table) == 1:
-        return Launch(window, queries, keys, None)
-    lengths = np.tile(table[:, [NQ, NK]].T, batch)
-    offsets = np.zeros((2, lengths.shape[1] + 1), dtype=np.int32)
-    np.cumsum(lengths, axis=1, out=offsets[:, 1:])
-    starts_q, starts_k = on_device(offsets, device)
-    longest = lengths.max(axis=1).tolist()
-    return Launch(window, queries, keys, Offsets(starts_q, starts_k, *longest))
+class _HostSide(NamedTuple):
+    """A :class:`Gathered` whose tables are on the host."""
+
+    number: int
+    rows: slice | None
+    places: Table | None
+    chosen: tuple[Table, ...]
+
+    @classmethod
+    def of(cls, starts: Table, lengths: Table) -> _HostSide:
+        """Of runs of rows."""
+        ends = starts + lengths
+        number = int(lengths.sum())
+        if (starts[1:] == ends[:-1]).all():
+            return cls(number, slice(int(starts[0]), int(ends[-1])), None, ())
+        index = expand(starts, lengths)
+        times = earlier(index)
+        turns = range(int(times.max()) + 1) if times.any() else ()
+        return cls(number, None, index, tuple(np.flatnonzero(times == turn) for turn in turns))
+
+    @property
+    def tables(self) -> list[Array]:
+        """All of them, in one order."""
+        if self.places is None:
+            return []
+        return [self.places, *(table for some in self.chosen for table in (some, self.places[some]))]
+
+    def gathered(self, tensors: Iterator[Tensor]) -> Gathered:
+        """With its tables from the device."""
+        if self.places is None:
+            return Gathered(self.number, self.rows, None, ())
+        places = next(tensors)
+        turns = tuple((next(tensors), next(tensors)) for _ in self.chosen)
+        return Gathered(self.number, None, places, turns or ((None, places),))
 
 
-def _gathered(starts: Table, lengths: Table, device: torch.device) -> Gathered:
-    ends = starts + lengths
-    number = int(lengths.sum())
-    if (starts[1:] == ends[:-1]).all():
-        return Gathered(number, slice(int(starts[0]), int(ends[-1])), None, ())
-    before = np.cumsum(lengths) - lengths
-    index = np.repeat(starts - before, lengths) + np.arange(number)
-    on = on_device(index, device)
-    times = _earlier(index)
-    if not times.any():
-        return Gathered(number, None, on, ((None, on),))
-    turns = []
-    for turn in range(int(times.max()) + 1):
-        chosen = np.flatnonzero(times == turn)
-        turns.append((on_device(chosen, device), on_device(index[chosen], device)))
-    return Gathered(number, None, on, tuple(turns))
+class _Host(NamedTuple):
+    """A :class:`Launch` whose tables are on the host."""
+
+    window: Window
+    queries: _HostSide
+    keys: _HostSide
+    offsets: tuple[Array, ...]
+    longest: tuple[int, ...]
+
+    @classmethod
+    def of(cls, window: Window, table: Table, batch: int) -> _Host:
+        """Of tasks of one window."""
+        queries, keys = _HostSide.of(table[:, Q], table[:, NQ]), _HostSide.of(table[:, K], table[:, NK])
+        if len(table) == 1:
+            return cls(window, queries, keys, (), ())
+        lengths = np.tile(table[:, [NQ, NK]].T, batch)
+        offsets = np.zeros((2, lengths.shape[1] + 1), dtype=np.int32)
+        np.cumsum(lengths, axis=1, out=offsets[:, 1:])
+        return cls(window, queries, keys, tuple(offsets), tuple(lengths.max(axis=1).tolist()))
+
+    @property
+    def tables(self) -> list[Array]:
+        """All of them, in one order."""
+        return [*self.queries.tables, *self.keys.tables, *self.offsets]
+
+    def launch(self, tensors: Iterator[Tensor]) -> Launch:
+        """With its tables from the device."""
+        queries, keys = self.queries.gathered(tensors), self.keys.gathered(tensors)
+        offsets = Offsets(next(tensors), next(tensors), *self.longest) if self.offsets else None
+        return Launch(self.window, queries, keys, offsets)
 
 
-def _earlier(index: Table) -> Table:
+def earlier(index: Table) -> Table:
     """How many earlier entries are the same as each."""
     order = np.argsort(index, kind="stable")
     ordered = index[order]
@@ -166,9 +209,3 @@ def _earlier(index: Table) -> Table:
     times = np.empty_like(since)
     times[order] = since
     return times
-
-
-def on_device(table: Table, device: torch.device) -> Tensor:
-    """A table as a tensor; to a GPU it is copied from pinned memory, so that nothing waits for it."""
-    made = torch.from_numpy(np.ascontiguousarray(table))
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -44,6 +44,10 @@ class TorchCudaKernel(Kernel):
         """As the kernel for a dtype does."""
         return _BY_DTYPE[dtype].fuses_windows(dtype)
 
+    def serves_packings(self, dtype: torch.dtype) -> bool:
+        """As the kernel for a dtype does."""
+        return _BY_DTYPE[dtype].serves_packings(dtype)
+
     def prepare(self, tasks: Tasks, dtype: torch.dtype, device: torch.device) -> Any:
         """What the kernel for a dtype prepares."""
         return _BY_DTYPE[dtype].prepare(tasks, dtype, device)

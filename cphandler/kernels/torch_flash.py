@@ -23,6 +23,7 @@ class TorchFlashKernel(VarlenKernel):
     """torch's own FlashAttention 2; float16 and bfloat16, head dims up to 256, windows, grouped-query heads."""
 
     name = "torch_flash"
+    takes_room = True
     refuses: ClassVar[Mapping[str, str]] = OPTIONS
 
     def nondeterminism(self) -> str | None:

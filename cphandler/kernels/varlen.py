@@ -15,7 +15,7 @@ from cphandler.kernels.kernel import Gradients, Kernel, Saved, Softmax
 from cphandler.kernels.launches import Gathered, Launch, Launches, Offsets, Window, launches
 from cphandler.kernels.reference import ReferenceKernel
 from cphandler.kernels.shapes import cut, plain
-from cphandler.kernels.sums import AttentionSum, RowSum
+from cphandler.kernels.sums import ALL, AttentionSum, RowSum
 from cphandler.kernels.task import Tasks
 
 ALIGNMENT = 8
@@ -96,6 +96,10 @@ class VarlenKernel(Kernel):
     takes_grad_lse: ClassVar[bool] = False
     """Whether the backward call has an argument for the gradient of the log-sum-exp."""
 
+    takes_room: ClassVar[bool] = False
+    """Whether offsets may hold empty sequences, end before the rows do, and name a longest length that none has: then
+    one launch serves every packing; see :mod:`cphandler.kernels.room`."""
+
     @abstractmethod
     def launch_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Attention of a launch: ``out`` in the shape of ``q``, and the natural log-sum-exp in float32; new tensors.
@@ -117,6 +121,10 @@ class VarlenKernel(Kernel):
     def fuses_windows(self, dtype: torch.dtype) -> bool:
         """See :meth:`Kernel.fuses_windows`."""
         return self.takes_windows
+
+    def serves_packings(self, dtype: torch.dtype) -> bool:
+        """See :meth:`Kernel.serves_packings`."""
+        return self.takes_room and dtype in self.dtypes
 
     def prepare(self, tasks: Tasks, dtype: torch.dtype, device: torch.device) -> Work:
         """The launches for one row of a batch."""
@@ -247,6 +255,8 @@ def _scatter(total: RowSum, side: Gathered, part: Tensor) -> None:
     """Add rows to where they belong."""
     if side.rows is not None:
         total.add(side.rows, part)
+    for source, missing in side.pulls:
+        total.add(ALL, _pulled(part, source, missing, 0.0))
     for chosen, index in side.turns:
         total.add_at(index, part if chosen is None else part.index_select(1, chosen))
 
@@ -255,6 +265,14 @@ def _scatter_attention(result: AttentionSum, side: Gathered, out: Tensor, lse: T
     """Merge rows into where they belong."""
     if side.rows is not None:
         result.merge(side.rows, out, lse)
+    for source, missing in side.pulls:
+        result.merge(ALL, _pulled(out, source, missing, 0.0), _pulled(lse, source, missing, float("-inf")))
     for chosen, index in side.turns:
         some = (out, lse) if chosen is None else (out.index_select(1, chosen), lse.index_select(1, chosen))
         result.merge_at(index, *some)
+
+
+def _pulled(part: Tensor, source: Tensor, missing: Tensor, filler: float) -> Tensor:
+    """``[B, L, ...]`` rows out of ``[B, number, ...]``; those that take none hold a number, never what memory held."""
+    rows = part.index_select(1, source)
+    return rows.masked_fill_(missing.view(1, -1, *[1] * (part.dim() - 2)), filler)

@@ -208,9 +208,8 @@ def _rank_major(x: Tensor, tokens: Tensor, identity: bool) -> Tensor:
         return x
     if not len(x):
         return x.new_zeros(len(tokens), *x.shape[1:])
-    ranked = x.index_select(0, tokens.clamp(min=0))
-    ranked[tokens < 0] = 0
-    return ranked
+    pads = (tokens < 0).view(-1, *[1] * (x.dim() - 1))
+    return x.index_select(0, tokens.clamp(min=0)).masked_fill_(pads, 0)
 
 
 def _assembled(x: Tensor, parts: list[Tensor], heads: list[tuple[int, int]]) -> Tensor:

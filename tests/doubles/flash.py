@@ -53,12 +53,22 @@ def checked(q: Tensor, k: Tensor, v: Tensor, *, dtypes: tuple[torch.dtype, ...],
     assert not heads_equal or q.shape[-2] == k.shape[-2], "as many key heads as query heads"
 
 
+ROOM = False
+"""Whether offsets may have room: empty sequences, rows after the last one, a longest length that none has.
+
+The originals take such; what the library passes has none, but for captured batches."""
+
+
 def offsets_checked(starts: Tensor, total: int, longest: int) -> None:
     """Offsets as the originals want them: int32, contiguous, over all rows, with the longest length told."""
     assert starts.dtype == torch.int32, "cu_seqlens must be int32"
     assert starts.is_contiguous()
     lengths = starts.diff()
     assert int(starts[0]) == 0
+    if ROOM:
+        assert int(starts[-1]) <= total
+        assert 0 <= int(lengths.min()) <= int(lengths.max()) <= longest
+        return
     assert int(starts[-1]) == total, f"offsets end at {int(starts[-1])}, there are {total} rows"
     assert int(lengths.min()) > 0, "an empty sequence"
     assert int(lengths.max()) == longest, f"longest {longest}, is {int(lengths.max())}"
@@ -68,7 +78,9 @@ def sequences(starts_q: Tensor, starts_k: Tensor) -> Iterator[tuple[slice, slice
     """Rows and keys of each packed sequence."""
     ends = zip(starts_q.tolist(), starts_q.tolist()[1:], starts_k.tolist(), starts_k.tolist()[1:], strict=False)
     for q0, q1, k0, k1 in ends:
-        yield slice(q0, q1), slice(k0, k1)
+        assert (q0 < q1) == (k0 < k1), "rows that see no key, or keys that no row sees"
+        if q0 < q1:
+            yield slice(q0, q1), slice(k0, k1)
 
 
 def _scores(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor | float]:
@@ -116,12 +128,14 @@ def backward(
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
 
 
+def _unwritten(x: Tensor) -> Tensor:
+    """What memory may hold where no sequence is."""
+    return torch.full_like(x, float("nan"), memory_format=torch.contiguous_format)
+
+
 def packed_forward(q: Tensor, k: Tensor, v: Tensor, starts: tuple[Tensor, Tensor], call: Call) -> tuple[Tensor, Tensor]:
     """``out [rows, N, D]`` and ``lse [N, rows]`` of all sequences."""
-    out, lse = (
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        q.new_empty(q.shape[1], len(q), dtype=torch.float32),
-    )
+    out, lse = _unwritten(q), q.new_full((q.shape[1], len(q)), float("nan"), dtype=torch.float32)
     for rows, keys in sequences(*starts):
         out[rows], lse[:, rows] = forward(q[rows], k[keys], v[keys], call)
     return out, lse
@@ -137,7 +151,7 @@ def packed_backward(
     grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of all sequences."""
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in qkv)
+    grads = tuple(_unwritten(x) for x in qkv)
     q, k, v = qkv
     for rows, keys in sequences(*starts):
         of_lse = None if grad_lse is None else grad_lse[:, rows]
