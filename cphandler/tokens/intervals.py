@@ -77,8 +77,10 @@ def chosen(rows: Table, which: Table) -> Table:
 
 def by_number(numbers: Table) -> Table:
     """The order of rows by a number that each has; those of one number stay in their order."""
-    few = numbers.max(initial=0) < 1 << 15 and numbers.min(initial=0) >= 0
-    return np.argsort(numbers.astype(np.int16) if few else numbers, kind="stable")  # 16 bits are sorted by their digits
+    most = int(numbers.max(initial=0))
+    few = most < 1 << 16 and numbers.min(initial=0) >= 0
+    digits = numbers.astype(np.min_scalar_type(most), copy=False) if few else numbers  # sorted by digits, not compared
+    return np.argsort(digits, kind="stable")
 
 
 def merged(groups: Table, starts: Table, stops: Table) -> tuple[Table, Table, Table]:
@@ -111,12 +113,17 @@ def offsets_of(lengths: Table) -> Table:
     return result
 
 
-def expand(starts: Table, lengths: Table, strides: Table | int = 1) -> Table:
-    """Concatenate ``starts[i] + strides[i] * arange(lengths[i])`` over all i."""
-    within = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(offsets_of(lengths)[:-1], lengths)
-    if not isinstance(strides, int):
-        strides = np.repeat(strides, lengths)
-    return np.repeat(starts, lengths) + within * strides
+def expand(starts: Table, lengths: Table, strides: Table | None = None) -> Table:
+    """Concatenate ``starts[i] + strides[i] * arange(lengths[i])`` over all i; None is a stride of 1."""
+    before = offsets_of(lengths)
+    result = np.arange(before[-1], dtype=np.int64)
+    if strides is None:
+        result += np.repeat(starts - before[:-1], lengths)
+        return result
+    result -= np.repeat(before[:-1], lengths)
+    result *= np.repeat(strides, lengths)
+    result += np.repeat(starts, lengths)
+    return result
 
 
 def overlaps(starts: Table, stops: Table, sorted_starts: Table, sorted_stops: Table) -> tuple[Table, Table]:
