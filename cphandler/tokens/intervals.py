@@ -55,15 +55,18 @@ def widened(values: Narrow) -> Table:
     return frozen(wide)
 
 
-def sorting(*columns: Table) -> Table:
-    """The order of rows by several columns of numbers not below 0, the first counts most; ties in any order."""
+def in_order(rows: Table, *columns: Table) -> Table:
+    """Rows by several columns of numbers not below 0, the first counts most; ties in any order.
+
+    As :func:`chosen` gives them, or the same table where they are in order.
+    """
     bounds = [int(column.max(initial=0)) + 1 for column in columns]
     if math.prod(bounds) > UNBOUNDED:
-        return np.lexsort(columns[::-1])
+        return chosen(rows, np.lexsort(columns[::-1]))
     key = columns[0]
     for column, bound in zip(columns[1:], bounds[1:], strict=True):
         key = key * bound + column
-    return np.argsort(key)
+    return chosen(rows, np.argsort(key)) if (key[1:] < key[:-1]).any() else rows
 
 
 def chosen(rows: Table, which: Table) -> Table:
@@ -83,27 +86,29 @@ def by_number(numbers: Table) -> Table:
     return np.argsort(digits, kind="stable")
 
 
-def merged(groups: Table, starts: Table, stops: Table) -> tuple[Table, Table, Table]:
-    """The unions of the intervals of each group, ``(group, start, stop)``, as few as there can be, ascending.
+def merged(groups: Table, starts: Table, stops: Table) -> tuple[Table, Table, Table, Table]:
+    """The unions of the intervals of each group, as few as there can be, ascending; fast where the intervals ascend.
 
     Args:
-        groups: a number for each interval; fast where there are few.
-        starts: where each begins, 0 or more; fast where those of a group ascend.
+        groups: a number for each interval.
+        starts: where each begins, 0 or more.
         stops: where each ends, not empty; intervals that touch become one.
+
+    Returns:
+        ``(group, start, stop)`` of each union, and which of them each interval is in.
     """
     if not len(starts):
-        return groups, starts, stops
-    order = by_number(groups)
-    groups = groups.take(order)
+        return groups, starts, stops, groups
     base = groups * (int(stops.max()) + 1)  # groups laid end to end, so that one running maximum serves all
-    starts, stops = starts.take(order) + base, stops.take(order) + base
-    if (starts[1:] < starts[:-1]).any():
-        order = np.argsort(starts)
-        starts, stops = starts.take(order), stops.take(order)
-    stops = np.maximum.accumulate(stops)
-    opens = np.flatnonzero(np.append(True, starts[1:] > stops[:-1]))
-    base, last = base.take(opens), np.append(opens[1:], len(starts)) - 1
-    return groups.take(opens), starts.take(opens) - base, stops.take(last) - base
+    starts, stops = starts + base, stops + base
+    order: Table | slice = np.argsort(starts) if (starts[1:] < starts[:-1]).any() else slice(None)
+    starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    opens = np.append(True, starts[1:] > stops[:-1])
+    which = np.empty(len(opens), dtype=np.int64)
+    which[order] = np.cumsum(opens) - 1
+    first = np.flatnonzero(opens)
+    base, last = base[order].take(first), np.append(first[1:], len(opens)) - 1
+    return groups[order].take(first), starts.take(first) - base, stops.take(last) - base, which
 
 
 def offsets_of(lengths: Table) -> Table:
