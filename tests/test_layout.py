@@ -39,6 +39,17 @@ def test_shares_are_level_and_cover_everything_once(lengths: list[int], cp_size:
         real = rows[rows >= 0]
         assert (np.diff(real) > 0).all(), "local order keeps global order"
     assert (np.concatenate(held)[layout.inverse] == np.arange(total)).all()
+    checked = Layout(name, total, list(layout.spans), num_local_tokens=layout.num_local_tokens)
+    for ranks in (None, *([rank] for rank in range(cp_size))):
+        for made, expected in zip(layout.tables(ranks), checked.tables(ranks), strict=True):
+            assert made.tolist() == expected.tolist()
+    assert layout.is_dense == checked.is_dense == (name != "striped" or cp_size == 1 or total <= cp_size)
+
+
+def test_rows_apart_or_in_another_order_are_not_dense() -> None:
+    for local, dense in (((0, 2), True), ((0, 3), False), ((3, 0), False), ((1, 3), False)):
+        spans = [[(0, 2, 1, local[0]), (4, 3, 1, local[1])], [(2, 2, 1, 0), (7, 1, 1, 2)]]
+        assert Layout("own", 8, spans, num_local_tokens=8).is_dense is dense
 
 
 @settings(max_examples=30, deadline=None)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cphandler import Causal, Documents, Full, Mask, SlidingWindow
+from cphandler import BlockCausal, Causal, Documents, Full, Mask, PrefixLM, SlidingWindow
 from cphandler.errors import UnsupportedError
 from cphandler.layouts.layout import Layout, make_layout
 from cphandler.plan.plan import FROM, Plan, make_plan
-from cphandler.plan.tasks import visibility
+from cphandler.plan.runs import ordered_tasks
+from cphandler.plan.tasks import OWNER, K, Q, coalesced, cut, visibility
 from cphandler.sharding.shard import Shard, ShardPair
 from cphandler.testing import visible_pairs
 from cphandler.tokens.bands import restrict
-from cphandler.tokens.intervals import UNBOUNDED
+from cphandler.tokens.intervals import UNBOUNDED, in_order
 from tests.test_mask import Counts, cross_masks_for, masks_for, some_documents, two_streams
 
 layouts = st.sampled_from(["zigzag", "contiguous", "striped"])
@@ -113,6 +116,38 @@ def test_direct_sends_bring_each_row_that_is_seen_once(
                 theirs = layout.positions(source)
                 wanted = np.flatnonzero((theirs >= 0) & seen[np.ix_(mine[mine >= 0], theirs)].any(0))
                 assert rows.tolist() == wanted.tolist()
+
+
+def dealt(data: st.DataObject, num_tokens: int, cp_size: int) -> Layout:
+    """Tokens in pieces of any length, for any rank; each holds its own in order."""
+    walls = sorted({0, num_tokens, *data.draw(st.lists(st.integers(0, num_tokens), max_size=4 * cp_size))})
+    spans: list[list[tuple[int, int, int]]] = [[] for _ in range(cp_size)]
+    for start, stop in pairwise(walls):
+        spans[data.draw(st.integers(0, cp_size - 1))].append((start, stop - start, 1))
+    return Layout("dealt", num_tokens, spans)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(1, 4), st.booleans())
+def test_tasks_made_of_runs_are_those_made_of_spans(
+    data: st.DataObject, lengths: list[int], cp_size: int, crossing: bool
+) -> None:
+    queries = keys = Documents.from_cu_seqlens([0, *accumulate(lengths)])
+    if crossing:
+        counts = [data.draw(st.integers(0, 12)) for _ in lengths]
+        keys = Documents.from_cu_seqlens([0, *accumulate(counts)])
+    align = data.draw(st.sampled_from(["top_left", "bottom_right"]))
+    masks: list[Mask] = [Causal(align), Full(), SlidingWindow(data.draw(st.integers(0, 9)), 0, align)]
+    mask = data.draw(st.sampled_from(masks if crossing else [*masks, BlockCausal(2), PrefixLM(5)]))
+    bands = restrict(mask.bands(queries, keys), queries.runs, keys.runs)
+    layout = dealt(data, queries.num_tokens, cp_size)
+    key_layout = dealt(data, keys.num_tokens, cp_size) if crossing else layout
+    assert layout.is_dense
+    turn = np.array(data.draw(st.permutations(range(cp_size))))
+    for rank in range(cp_size):
+        spanwise = coalesced(cut(bands, layout, key_layout, [rank])[0])
+        expected = in_order(spanwise, turn[spanwise[:, OWNER]], spanwise[:, Q], spanwise[:, K])
+        assert ordered_tasks(bands, layout, key_layout, rank, turn).tolist() == expected.tolist()
 
 
 def test_own_chunks_are_one_causal_task() -> None:

@@ -26,6 +26,8 @@ from cphandler.tokens.counts import checked_count
 from cphandler.tokens.intervals import (
     Narrow,
     Table,
+    by_number,
+    chosen,
     expand,
     frozen,
     narrowed,
@@ -83,7 +85,7 @@ class Layout:
         self.name = name
         self.num_tokens = checked_count(f"num_tokens of layout {name!r}", num_tokens)
         self.replicated = replicated
-        self.spans: tuple[Table, ...] = tuple(
+        self.spans = tuple(
             frozen(_with_local(_checked(name, rank, rank_spans))) for rank, rank_spans in enumerate(_ranks(name, spans))
         )
         if not all(_covers(rows, self.num_tokens) for rows in self._coverings()):
@@ -114,10 +116,46 @@ class Layout:
         made.spans = tuple(spans[first:stop] for first, stop in pairwise(walls))
         return made
 
-    @property
+    @classmethod
+    def _dealt(cls, name: str, lengths: Table, ranks: Table, local: Table, cp_size: int) -> Layout:
+        """A layout of pieces one after the other: tokens of each, and the rank that holds it, from which row on.
+
+        Every rank must hold its pieces in order, with no row between them.
+        """
+        filled = np.flatnonzero(lengths)
+        holders = ranks.take(filled)
+        opens = filled[np.append(True, holders[1:] != holders[:-1])[: len(filled)]]
+        starts = offsets_of(lengths)
+        columns = np.empty((5, len(opens)), dtype=np.int64)
+        starts.take(opens, out=columns[START], mode="clip")
+        local.take(opens, out=columns[LOCAL], mode="clip")
+        columns[STRIDE], columns[RANK] = 1, ranks.take(opens)
+        np.subtract(columns[START, 1:], columns[START, :-1], out=columns[LENGTH, :-1])
+        columns[LENGTH, -1:] = starts[-1] - columns[START, -1:]
+        columns.setflags(write=False)
+        made = cls.__new__(cls)
+        made.name, made.num_tokens, made.replicated = name, int(starts[-1]), False
+        made.num_local_tokens = -(-made.num_tokens // cp_size)
+        made._plain, made.cp_size, made.is_dense = columns.T, cp_size, True
+        return made
+
+    @cached_property
+    def spans(self) -> tuple[Table, ...]:
+        """Per rank ``[n, 4]`` spans ``(start, length, stride, local)``, ascending."""
+        assert self._plain is not None
+        every = frozen(self._plain[by_number(self._plain[:, RANK]), :RANK])
+        walls = offsets_of(np.bincount(self._plain[:, RANK], minlength=self.cp_size)).tolist()
+        return tuple(every[first:stop] for first, stop in pairwise(walls))
+
+    @cached_property
     def cp_size(self) -> int:
         """Ranks P that the tokens are spread over."""
         return len(self.spans)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the spans of all ranks."""
+        return sum(own.nbytes for own in self.spans) if self._plain is None else self._plain[:, :RANK].nbytes
 
     def _check_places(self) -> None:
         """Refuse spans out of order, and local rows that overlap or do not exist."""
@@ -139,10 +177,10 @@ class Layout:
 
     def _numbered(self, ranks: Sequence[int]) -> Table:
         """The spans of some ranks one after the other, each with its rank."""
-        chosen = [self.spans[rank] for rank in ranks]
-        counts = np.array([len(spans) for spans in chosen], dtype=np.int64)
+        held = [self.spans[rank] for rank in ranks]
+        counts = np.array([len(spans) for spans in held], dtype=np.int64)
         numbers = np.repeat(np.array(ranks, dtype=np.int64), counts)
-        return np.column_stack([np.concatenate([table([], 4), *chosen]), numbers])
+        return np.column_stack([np.concatenate([table([], 4), *held]), numbers])
 
     def _coverings(self) -> list[Table]:
         """The span tables each of which must cover every token once."""
@@ -178,9 +216,10 @@ class Layout:
 
     def positions(self, rank: int) -> Table:
         """``[L]`` global token of each local row of a rank; -1 for a pad row."""
-        spans = self.spans[rank]
         result = np.full(self.num_local_tokens, -1, dtype=np.int64)
-        result[expand(spans[:, LOCAL], spans[:, LENGTH])] = expand(spans[:, START], spans[:, LENGTH], spans[:, STRIDE])
+        for spans in self.tables([rank]):
+            rows = expand(spans[:, LOCAL], spans[:, LENGTH])
+            result[rows] = expand(spans[:, START], spans[:, LENGTH], spans[:, STRIDE])
         return result
 
     @cached_property
@@ -194,16 +233,17 @@ class Layout:
     @property
     def keeps_global_order(self) -> bool:
         """True where one rank holds all tokens as they come, so that nothing has to move."""
+        if self.cp_size > 1 or self.num_local_tokens != self.num_tokens:
+            return False
         spans = self.spans[0]
-        return (
-            self.cp_size == 1
-            and self.num_local_tokens == self.num_tokens
-            and bool(((spans[:, STRIDE] == 1) & (spans[:, START] == spans[:, LOCAL])).all())
-        )
+        return bool(((spans[:, STRIDE] == 1) & (spans[:, START] == spans[:, LOCAL])).all())
 
     @cached_property
     def inverse(self) -> Table:
         """``[S]`` place ``rank * L + local`` of each global token (of its first copy where replicated)."""
+        if self._plain is not None:
+            _, length, _, local, rank_of = self._plain.T
+            return frozen(expand(rank_of * self.num_local_tokens + local, length))
         result = np.empty(self.num_tokens, dtype=np.int64)
         for rank in reversed(range(self.cp_size)):
             spans = self.spans[rank]
@@ -214,18 +254,21 @@ class Layout:
     @cached_property
     def _plain(self) -> Table | None:
         """The one table of all ranks, column by column in memory, as it is read; None where spans interleave."""
-        spans = np.concatenate(self.spans)
+        spans = self._numbered(range(self.cp_size))
         if self.replicated or (spans[:, STRIDE] != 1).any():
             return None
-        order = np.argsort(spans[:, START])
-        ranks = np.repeat(np.arange(self.cp_size, dtype=np.int64), [len(own) for own in self.spans])
-        columns = np.empty((5, len(spans)), dtype=np.int64)
-        for column in range(RANK):
-            columns[column] = spans[:, column].take(order)
-        columns[RANK] = ranks.take(order)
-        columns.setflags(write=False)
-        result: Table = columns.T
+        result = chosen(spans, np.argsort(spans[:, START]))
+        result.setflags(write=False)
         return result
+
+    @cached_property
+    def is_dense(self) -> bool:
+        """Whether spans have stride 1, and ranks hold theirs in the order of tokens with no pad row between them."""
+        if self._plain is None:
+            return False
+        spans, counts = np.concatenate(self.spans), np.array([len(own) for own in self.spans])
+        before = offsets_of(spans[:, LENGTH])
+        return np.array_equal(spans[:, LOCAL] + np.repeat(before.take(offsets_of(counts)[:-1]), counts), before[:-1])
 
     def tables(self, ranks: Sequence[int] | None = None) -> Iterator[Table]:
         """Span tables ``(start, length, stride, local, rank)`` of the ranks; the spans of a table do not interleave.
@@ -235,6 +278,9 @@ class Layout:
         """
         if ranks is None and self._plain is not None:
             yield self._plain
+            return
+        if ranks is not None and len(ranks) == 1 and self._plain is not None:
+            yield chosen(self._plain, np.flatnonzero(self._plain[:, RANK] == ranks[0]))
             return
         ranks = range(self.cp_size) if ranks is None else ranks
         merged = self._numbered(ranks)
@@ -436,20 +482,20 @@ def zigzag(offsets: Table, cp_size: int) -> Layout:
     the ranks' totals differ by one row at most.
     """
     lengths = np.diff(offsets)
-    base, spare = lengths // (2 * cp_size), lengths % (2 * cp_size)
-    turn = offsets_of(spare)[:-1] % cp_size
-    ranks = np.arange(cp_size, dtype=np.int64)
-    extra = (spare // cp_size)[:, None] + ((ranks[None] - turn[:, None]) % cp_size < (spare % cp_size)[:, None])
-    chunks = np.empty((len(lengths), 2 * cp_size), dtype=np.int64)
-    chunks[:, :cp_size] = base[:, None] + (extra >= 1)
-    chunks[:, cp_size:] = (base[:, None] + (extra >= 2))[:, ::-1]
-    starts = offsets[:-1, None] + np.cumsum(chunks, axis=1) - chunks
-    pairs = np.stack([ranks, 2 * cp_size - 1 - ranks], axis=1)
-    held, counts = (columns[:, pairs].transpose(1, 0, 2).reshape(-1) for columns in (starts, chunks))
-    spans, each = _joined_by_rank(held, counts, np.repeat(ranks, 2 * len(lengths)), cp_size)
-    total = int(offsets[-1])
-    check_rows("zigzag", total, cp_size)
-    return Layout._placed("zigzag", total, spans, each, -(-total // cp_size))
+    base, spare = lengths[:, None] // (2 * cp_size), lengths[:, None] % (2 * cp_size)
+    turn = offsets_of(spare[:, 0])[:-1, None] % cp_size
+    ranks = np.arange(cp_size, dtype=np.min_scalar_type(cp_size))
+    place = ranks - turn
+    place += cp_size * (place < 0)
+    chunks, local = np.empty((2, len(lengths), 2 * cp_size), dtype=np.int64)
+    early, late = chunks[:, :cp_size], chunks[:, : cp_size - 1 : -1]  # both by rank
+    np.add(base, place < spare, out=early)
+    np.add(base, place < spare - cp_size, out=late)
+    local[:, : cp_size - 1 : -1] = np.cumsum(early + late, axis=0) - late
+    local[:, :cp_size] = local[:, : cp_size - 1 : -1] - early
+    check_rows("zigzag", int(offsets[-1]), cp_size)
+    holders = np.tile(np.append(ranks, ranks[::-1]), len(lengths))
+    return Layout._dealt("zigzag", chunks.reshape(-1), holders, local.reshape(-1), cp_size)
 
 
 def padded_zigzag(offsets: Table, cp_size: int) -> Layout:
@@ -476,20 +522,6 @@ def padded_zigzag(offsets: Table, cp_size: int) -> Layout:
 def padded_offsets(offsets: Table, multiple: int) -> Table:
     """``[D + 1]`` offsets of documents each padded at its end to a multiple."""
     return offsets_of(-(-np.diff(offsets) // multiple) * multiple)
-
-
-def _joined_by_rank(starts: Table, lengths: Table, ranks: Table, cp_size: int) -> tuple[Table, Table]:
-    """:func:`joined` for all ranks at once, with local rows that count up from 0 on each; and how many each has."""
-    filled = np.flatnonzero(lengths)
-    starts, lengths, ranks = starts[filled], lengths[filled], ranks[filled]
-    opens = np.ones(len(starts), dtype=bool)
-    opens[1:] = (starts[1:] != starts[:-1] + lengths[:-1]) | (ranks[1:] != ranks[:-1])
-    first = np.flatnonzero(opens)
-    total = np.add.reduceat(lengths, first) if len(first) else lengths
-    each = np.bincount(ranks[first], minlength=cp_size)
-    local = offsets_of(total)
-    base = np.repeat(local[offsets_of(each)[:-1]], each)
-    return np.stack([starts[first], total, np.ones_like(total), local[:-1] - base], axis=1), each
 
 
 def contiguous(offsets: Table, cp_size: int) -> Layout:

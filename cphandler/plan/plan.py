@@ -19,17 +19,16 @@ from torch import Tensor
 from cphandler.errors import InvalidValueError, UnsupportedError
 from cphandler.layouts.layout import Layout
 from cphandler.plan.matching import matchings
-from cphandler.plan.tasks import NK, OWNER, K, Q, coalesced, cut, key_runs, visibility
+from cphandler.plan.runs import key_runs, ordered_tasks
+from cphandler.plan.tasks import NK, OWNER, K, visibility
 from cphandler.tokens.intervals import (
     Flags,
     Narrow,
     Table,
-    chosen,
     frozen,
     merged,
     narrowed,
     offsets_of,
-    sorting,
     table,
     widened,
 )
@@ -108,7 +107,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in _COLUMNS:
-            object.__setattr__(self, name, frozen(getattr(self, name)))
+            getattr(self, name).setflags(write=False)
 
     def __reduce__(self) -> tuple[Callable[..., Plan], tuple[object, ...]]:
         return _unpickled, (self.cp_size, self.rank, *(narrowed(getattr(self, name)) for name in _COLUMNS))
@@ -142,8 +141,12 @@ class Plan:
         """One int64 tensor that carries the plan through an operator's signature (and a data loader's queue)."""
         tables = [getattr(self, name) for name in _COLUMNS]
         header = np.array([self.cp_size, self.rank, *map(len, tables)], dtype=np.int64)
+        packed, start = np.empty(len(header) + sum(part.size for part in tables), dtype=np.int64), 0
+        for part in (header, *tables):
+            packed[start : start + part.size].reshape(part.shape)[:] = part
+            start += part.size
         with torch.inference_mode(mode=False):  # scored first, the same batch may train later
-            return torch.from_numpy(np.concatenate([header, *(part.reshape(-1) for part in tables)]))
+            return torch.from_numpy(packed)
 
     @classmethod
     def from_tensor(cls, packed: Tensor) -> Plan:
@@ -210,18 +213,11 @@ def make_plan(bands: Table, queries: Layout, keys: Layout, rank: int, *, needs: 
             got=f"strides {', '.join(map(str, sorted(strides)))}",
             fix="use one layout for both streams, of stride 1 such as zigzag, or striped",
         )
-    tasks, _ = cut(bands, queries, keys, [rank])
     if needs == "stages":
-        return _direct_plan(bands, queries, keys, rank, tasks)
+        return _direct_plan(bands, queries, keys, rank)
     step = (rank - np.arange(keys.cp_size)) % keys.cp_size
     hops = ring_hops(visibility(bands, queries, keys)) if needs == "hops" else _empty(2)
-    return Plan(queries.cp_size, rank, _ordered(coalesced(tasks), step), hops)
-
-
-def _ordered(tasks: Table, turn: Table) -> Table:
-    """Tasks by the turn of their owner, then by query and key rows."""
-    order = sorting(turn[tasks[:, OWNER]] - turn.min(initial=0), tasks[:, Q], tasks[:, K])
-    return chosen(tasks, order)
+    return Plan(queries.cp_size, rank, ordered_tasks(bands, queries, keys, rank, step), hops)
 
 
 def ring_hops(sees: Flags) -> Table:
@@ -234,7 +230,7 @@ def ring_hops(sees: Flags) -> Table:
     return np.stack([np.where(last > 0, first, 0), last], axis=1).astype(np.int64)
 
 
-def _direct_plan(bands: Table, queries: Layout, keys: Layout, rank: int, tasks: Table) -> Plan:
+def _direct_plan(bands: Table, queries: Layout, keys: Layout, rank: int) -> Plan:
     """The plan in which every needed row goes straight from its owner to the rank that needs it."""
     stage_of = matchings(visibility(bands, queries, keys))
     number = int(stage_of.max(initial=-1)) + 1
@@ -242,42 +238,30 @@ def _direct_plan(bands: Table, queries: Layout, keys: Layout, rank: int, tasks: 
     for column, row in ((TO, stage_of[:, rank]), (FROM, stage_of[rank])):
         peers = np.flatnonzero(row >= 0)
         stages[row[peers], column] = peers
-    theirs, tasks = key_runs(bands, queries, keys, rank), coalesced(tasks)
-    sends = _union(stage_of[theirs[:, 0], rank], theirs[:, 1], theirs[:, 2])
+    sends, _ = _union(*key_runs(bands, queries, keys, rank, stage_of[:, rank]))
     turn = stage_of[rank]  # own keys are at -1, before every stage
-    receives = _union(turn[tasks[:, OWNER]], tasks[:, K], tasks[:, NK])
-    return Plan(
-        queries.cp_size,
-        rank,
-        _compacted(_ordered(tasks, turn), turn, receives),
-        stages=stages,
-        sends=sends,
-        receives=receives,
-    )
+    tasks = ordered_tasks(bands, queries, keys, rank, turn)
+    stage = turn.take(tasks[:, OWNER])
+    receives, run = _union(stage, tasks[:, K], tasks[:, NK])
+    tasks[len(tasks) - len(run) :, K] += _places(receives).take(run)
+    return Plan(queries.cp_size, rank, tasks, stages=stages, sends=sends, receives=receives)
 
 
-def _union(stages: Table, starts: Table, lengths: Table) -> Table:
-    """Disjoint runs ``(stage, start, length)``, stage by stage, of the same rows without those of no stage."""
+def _union(stages: Table, starts: Table, lengths: Table) -> tuple[Table, Table]:
+    """Disjoint runs ``(stage, start, length)``, stage by stage, of the same rows without those of no stage.
+
+    And which of them each of these rows is in.
+    """
     moves = np.flatnonzero(stages >= 0)
-    if not len(moves):
-        return _empty(3)
     starts, lengths = starts.take(moves), lengths.take(moves)
-    stage, starts, stops = merged(stages.take(moves), starts, starts + lengths)
-    return np.stack([stage, starts, stops - starts], axis=1)
+    stage, starts, stops, which = merged(stages.take(moves), starts, starts + lengths)
+    return np.stack([stage, starts, stops - starts], axis=1), which
 
 
-def _compacted(tasks: Table, turn: Table, receives: Table) -> Table:
-    """Tasks over other owners' keys, with key rows counted in the block that holds the received runs end to end."""
-    stage = turn[tasks[:, OWNER]]
-    remote = np.flatnonzero(stage >= 0)
-    if not len(remote):
-        return tasks
-    room = int(max(receives[:, START].max(), tasks[:, K].max())) + 1
-    run = np.searchsorted(
-        receives[:, STAGE] * room + receives[:, START], stage[remote] * room + tasks[remote, K], "right"
-    )
+def _places(receives: Table) -> Table:
+    """What to add to a key row of each received run, so that it counts in the block of a stage's runs end to end."""
     before = offsets_of(receives[:, LENGTH])[:-1]
-    block = before[np.searchsorted(receives[:, STAGE], receives[:, STAGE], "left")]  # rows of the stages before
-    result: Table = tasks.copy(order="K")
-    result[remote, K] += (before - block - receives[:, START])[run - 1]
-    return result
+    first = np.flatnonzero(np.diff(receives[:, STAGE], prepend=-1))
+    block = np.repeat(before[first], np.diff(first, append=len(before)))  # rows of the stages before
+    places: Table = before - block - receives[:, START]
+    return places

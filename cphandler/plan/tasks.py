@@ -14,7 +14,7 @@ import numpy as np
 
 from cphandler.layouts.layout import LENGTH, LOCAL, RANK, START, STRIDE, Layout, cut_by_spans
 from cphandler.tokens.bands import HI, K0, K1, LO, Q0, Q1, tightened
-from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, chosen, expand, merged, sorting, table
+from cphandler.tokens.intervals import UNBOUNDED, Flags, Table, chosen, expand, in_order, table
 
 OWNER, Q, NQ, K, NK, TASK_LO, TASK_HI = range(7)
 """Columns of a task table: the rank that owns the keys, query rows ``[q, q + nq)`` of the rank that computes, key rows
@@ -80,11 +80,17 @@ def _all_pieces(bands: Table, tables: Sequence[Table]) -> Pieces:
 
 
 def _local_tasks(pieces: Pieces, key_spans: Table) -> tuple[Table, Table]:
-    """Pieces cut by key spans, in local rows, and the rank that runs each.
+    """Pieces cut by key spans, in local rows, and the rank that runs each."""
+    return in_local_rows(pieces, key_spans, *cut_by_spans(pieces.bands[:, K0], pieces.bands[:, K1], key_spans))
+
+
+def in_local_rows(
+    pieces: Pieces, key_spans: Table, piece: Table, span: Table, k_first: Table, k_stop: Table
+) -> tuple[Table, Table]:
+    """Tasks of pieces and rows ``[k_first, k_stop)`` of key spans, and the rank that runs each.
 
     The bounds are converted by stride and offset here, once; then rows that see nothing are trimmed.
     """
-    piece, span, k_first, k_stop = cut_by_spans(pieces.bands[:, K0], pieces.bands[:, K1], key_spans)
     bands, spans, first = pieces.bands, pieces.spans, pieces.first
     tasks = np.empty((7, len(piece)), dtype=np.int64).T  # column by column in memory, as all that follows reads it
     tasks[:, OWNER] = key_spans[:, RANK].take(span)
@@ -151,8 +157,7 @@ def coalesced(tasks: Table) -> Table:
 
 
 def _sorted(tasks: Table, first: int, second: int) -> Table:
-    order = sorting(tasks[:, OWNER], tasks[:, first], tasks[:, second])
-    return chosen(tasks, order)
+    return in_order(tasks, tasks[:, OWNER], tasks[:, first], tasks[:, second])
 
 
 def _same(tasks: Table, *columns: int) -> Flags:
@@ -242,25 +247,6 @@ def _joined_diagonal(tasks: Table) -> Table:
     return joined
 
 
-def key_runs(bands: Table, queries: Layout, keys: Layout, owner: int) -> Table:
-    """``[m, 3]`` runs ``(query rank, start, length)`` of an owner's key rows that the rank's queries see.
-
-    They may touch and, where spans have strides, overlap.
-    """
-    if not queries.strides | keys.strides <= {1} or queries.replicated or keys.replicated:
-        tasks, ranks = cut(bands, queries, keys, key_ranks=[owner])
-        return np.column_stack([ranks, tasks[:, [K, NK]]])
-    ((q_spans,), (k_spans,)) = queries.tables(), keys.tables([owner])
-    bands = tightened(bands)
-    band, span, first, stop = cut_by_spans(bands[:, Q0], bands[:, Q1], q_spans)
-    begin = q_spans[:, START].take(span)
-    starts = np.maximum(bands[:, K0].take(band), begin + first + bands[:, LO].take(band))
-    stops = np.minimum(bands[:, K1].take(band), begin + stop + bands[:, HI].take(band))
-    ranks, starts, stops = merged(q_spans[:, RANK].take(span), starts, stops)
-    run, span, first, stop = cut_by_spans(starts, stops, k_spans)
-    return np.stack([ranks.take(run), k_spans[:, LOCAL].take(span) + first, stop - first], axis=1)
-
-
 def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
     """``[P_q, P_k]``: whether rank r's queries see any key of owner o.
 
@@ -273,7 +259,7 @@ def visibility(bands: Table, queries: Layout, keys: Layout) -> Flags:
     query_tables = list(queries.tables())
     key_tables = query_tables if keys is queries else list(keys.tables())
     strided = any((spans[:, STRIDE] != 1).any() for spans in [*query_tables, *key_tables])
-    first, count = 0, 4
+    first, count = 0, 1
     while first < len(bands) and not result.all():
         pieces = _all_pieces(bands[first : first + count], query_tables)
         for key_spans in key_tables:

@@ -179,8 +179,7 @@ def _shard(stream: StreamMetadata, layout: Layout, seat: Seat) -> Shard:
     shard = Shard(stream.documents, layout, seat.rank, stream.padded_rows, seat.device)
     named = [stream.documents, *([] if stream.padded_rows is None else [stream.padded_rows])]
     tables = sum(documents.offsets.nbytes + documents.runs.nbytes for documents in named)
-    spans = sum(table.nbytes for table in layout.spans)
-    shard.memo.count(2 * (tables + spans))  # the tables, and again what they are found by and sorted as
+    shard.memo.count(2 * (tables + layout.nbytes))  # the tables, and again what they are found by and sorted as
     return shard
 
 

@@ -55,15 +55,18 @@ def widened(values: Narrow) -> Table:
     return frozen(wide)
 
 
-def sorting(*columns: Table) -> Table:
-    """The order of rows by several columns of numbers not below 0, the first counts most; ties in any order."""
+def in_order(rows: Table, *columns: Table) -> Table:
+    """Rows by several columns of numbers not below 0, the first counts most; ties in any order.
+
+    As :func:`chosen` gives them, or the same table where they are in order.
+    """
     bounds = [int(column.max(initial=0)) + 1 for column in columns]
     if math.prod(bounds) > UNBOUNDED:
-        return np.lexsort(columns[::-1])
+        return chosen(rows, np.lexsort(columns[::-1]))
     key = columns[0]
     for column, bound in zip(columns[1:], bounds[1:], strict=True):
         key = key * bound + column
-    return np.argsort(key)
+    return chosen(rows, np.argsort(key)) if (key[1:] < key[:-1]).any() else rows
 
 
 def chosen(rows: Table, which: Table) -> Table:
@@ -77,31 +80,35 @@ def chosen(rows: Table, which: Table) -> Table:
 
 def by_number(numbers: Table) -> Table:
     """The order of rows by a number that each has; those of one number stay in their order."""
-    few = numbers.max(initial=0) < 1 << 15 and numbers.min(initial=0) >= 0
-    return np.argsort(numbers.astype(np.int16) if few else numbers, kind="stable")  # 16 bits are sorted by their digits
+    most = int(numbers.max(initial=0))
+    few = most < 1 << 16 and numbers.min(initial=0) >= 0
+    digits = numbers.astype(np.min_scalar_type(most), copy=False) if few else numbers  # sorted by digits, not compared
+    return np.argsort(digits, kind="stable")
 
 
-def merged(groups: Table, starts: Table, stops: Table) -> tuple[Table, Table, Table]:
-    """The unions of the intervals of each group, ``(group, start, stop)``, as few as there can be, ascending.
+def merged(groups: Table, starts: Table, stops: Table) -> tuple[Table, Table, Table, Table]:
+    """The unions of the intervals of each group, as few as there can be, ascending; fast where the intervals ascend.
 
     Args:
-        groups: a number for each interval; fast where there are few.
-        starts: where each begins, 0 or more; fast where those of a group ascend.
+        groups: a number for each interval.
+        starts: where each begins, 0 or more.
         stops: where each ends, not empty; intervals that touch become one.
+
+    Returns:
+        ``(group, start, stop)`` of each union, and which of them each interval is in.
     """
     if not len(starts):
-        return groups, starts, stops
-    order = by_number(groups)
-    groups = groups.take(order)
+        return groups, starts, stops, groups
     base = groups * (int(stops.max()) + 1)  # groups laid end to end, so that one running maximum serves all
-    starts, stops = starts.take(order) + base, stops.take(order) + base
-    if (starts[1:] < starts[:-1]).any():
-        order = np.argsort(starts)
-        starts, stops = starts.take(order), stops.take(order)
-    stops = np.maximum.accumulate(stops)
-    opens = np.flatnonzero(np.append(True, starts[1:] > stops[:-1]))
-    base, last = base.take(opens), np.append(opens[1:], len(starts)) - 1
-    return groups.take(opens), starts.take(opens) - base, stops.take(last) - base
+    starts, stops = starts + base, stops + base
+    order: Table | slice = np.argsort(starts) if (starts[1:] < starts[:-1]).any() else slice(None)
+    starts, stops = starts[order], np.maximum.accumulate(stops[order])
+    opens = np.append(True, starts[1:] > stops[:-1])
+    which = np.empty(len(opens), dtype=np.int64)
+    which[order] = np.cumsum(opens) - 1
+    first = np.flatnonzero(opens)
+    base, last = base[order].take(first), np.append(first[1:], len(opens)) - 1
+    return groups[order].take(first), starts.take(first) - base, stops.take(last) - base, which
 
 
 def offsets_of(lengths: Table) -> Table:
@@ -111,12 +118,17 @@ def offsets_of(lengths: Table) -> Table:
     return result
 
 
-def expand(starts: Table, lengths: Table, strides: Table | int = 1) -> Table:
-    """Concatenate ``starts[i] + strides[i] * arange(lengths[i])`` over all i."""
-    within = np.arange(int(lengths.sum()), dtype=np.int64) - np.repeat(offsets_of(lengths)[:-1], lengths)
-    if not isinstance(strides, int):
-        strides = np.repeat(strides, lengths)
-    return np.repeat(starts, lengths) + within * strides
+def expand(starts: Table, lengths: Table, strides: Table | None = None) -> Table:
+    """Concatenate ``starts[i] + strides[i] * arange(lengths[i])`` over all i; None is a stride of 1."""
+    before = offsets_of(lengths)
+    result = np.arange(before[-1], dtype=np.int64)
+    if strides is None:
+        result += np.repeat(starts - before[:-1], lengths)
+        return result
+    result -= np.repeat(before[:-1], lengths)
+    result *= np.repeat(strides, lengths)
+    result += np.repeat(starts, lengths)
+    return result
 
 
 def overlaps(starts: Table, stops: Table, sorted_starts: Table, sorted_stops: Table) -> tuple[Table, Table]:
