@@ -22,7 +22,7 @@ GPU_JSON ?= gpu-check.json
 WORKERS ?= 2
 
 .PHONY: help demo test test-all test-integrations fuzz check format lint types build gpu-extras
-.PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning dynamic blocks clean
+.PHONY: gpu-check bench bench-peers bench-model bench-network precision options planning dynamic overhead blocks clean
 
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
@@ -137,6 +137,10 @@ dynamic: $(VENV)/installed
 ## make options   what each option of attention costs, on one rank
 options: $(VENV)/installed
 	$(BIN)/python -m benchmarks.options $(BENCH)
+
+## make overhead  microseconds of a small call above its kernel, on one rank
+overhead: $(VENV)/installed
+	$(BIN)/python -m benchmarks.overhead $(BENCH)
 
 ## make blocks    by which numbers kernels and exchanges cut their work, timed on this machine
 blocks: $(VENV)/installed

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS: list[set[str]] = [
     {"errors", "config", "precision", "tracing"},
-    {"registry", "tensors"},
+    {"registry", "tensors", "operators"},
     {"tokens"},
     {"layouts", "kernels", "comm"},
     {"plan", "sharding"},

@@ -619,22 +619,37 @@ class Counting(type(get_kernel("torch", "cpu"))):  # type: ignore[misc]
         return super().block_forward(*arguments)
 
 
-SIDE_BY_SIDE = {
+ALIKE = {
     "documents": ([Task(7 * i, 7, 7 * i, 7, -UNBOUNDED, 0) for i in range(9)], 1),
     "windows": ([Task(5 * i, 5, 8 * i, 8, -2, 3) for i in range(4)], 1),
     "full": ([Task(5 * i, 5, 8 * i, 8, *FULL) for i in range(4)], 1),
     "one that differs": ([Task(7 * i + (i > 2), 7, 7 * i, 7, -UNBOUNDED, 0) for i in range(6)], 2),
-    "keys apart": ([Task(7 * i, 7, 9 * i, 7, -UNBOUNDED, 0) for i in range(3)], 3),
+    "keys apart": ([Task(7 * i, 7, 9 * i, 7, -UNBOUNDED, 0) for i in range(3)], 1),
+    "queries apart": ([Task(12 * i + 3, 5, 8 * i, 8, *FULL) for i in range(5)], 1),
+    "both apart": ([Task(9 * i + 1, 4, 11 * i + 2, 6, -1, 3) for i in range(6)], 1),
+    "other distances": ([Task(q, 5, k, 5, *FULL) for q, k in ((0, 0), (9, 7), (18, 14), (24, 21), (29, 27))], 2),
+    "over rows that saw others": (
+        [Task(4, 21, 40, 9, *FULL), *(Task(12 * i, 5, 8 * i, 8, *FULL) for i in range(5))],
+        2,
+    ),
+    "over keys that others saw": (
+        [Task(60, 5, 3, 30, *FULL), *(Task(12 * i, 5, 9 * i, 8, *FULL) for i in range(5))],
+        2,
+    ),
+    "the same rows": ([Task(0, 7, 9 * i, 7, *FULL) for i in range(3)], 3),
+    "keys that overlap": ([Task(7 * i, 7, 6 * i, 7, -UNBOUNDED, 0) for i in range(3)], 3),
     "the same keys": ([Task(7 * i, 7, 0, 7, -UNBOUNDED, 0) for i in range(3)], 3),
     "two kinds": ([Task(7 * i, 7, 7 * i, 7, -UNBOUNDED, 0 if i < 2 else UNBOUNDED) for i in range(5)], 2),
     "none": ([], 0),
 }
 
 
-@pytest.mark.parametrize(("tasks", "calls"), SIDE_BY_SIDE.values(), ids=SIDE_BY_SIDE.keys())
+@pytest.mark.parametrize(("tasks", "calls"), ALIKE.values(), ids=ALIKE.keys())
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_equal_blocks_side_by_side_are_one_call(tasks: list[Task], calls: int, dtype: torch.dtype, batch: int) -> None:
+def test_equal_blocks_at_equal_distances_are_one_call(
+    tasks: list[Task], calls: int, dtype: torch.dtype, batch: int
+) -> None:
     generator = torch.Generator().manual_seed(batch)
     shapes = [(batch, 70, 4, 8), (batch, 71, 2, 8), (batch, 71, 2, 11), (batch, 70, 4, 11), (batch, 70, 4)]
     q, k, v, grad, grad_lse = (torch.randn(x, generator=generator, dtype=torch.float64).to(dtype) for x in shapes)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cphandler.attention.exchange import Block
 from cphandler.attention.loop import _PlanInUse
-from cphandler.kernels import AttentionSum, RowSum
+from cphandler.kernels import AttentionSum, RowSum, sums
+from cphandler.kernels.sums import Spaced
 from cphandler.plan.plan import Plan
 from cphandler.testing import assert_close
 
@@ -19,25 +20,49 @@ ROWS, HEADS, DIM = 11, 3, 4
 WHOLE = slice(0, ROWS)
 
 
-def pieces_of(seed: int, number: int) -> list[slice]:
-    """Runs of rows that overlap, touch, lie apart, are one row, or all."""
+APART = (Spaced(0, 2, 4, 3), Spaced(2, 1, 2, 5), Spaced(1, 3, 5, 2), Spaced(4, 1, 6, 2), Spaced(0, 5, 6, 2))
+
+
+def pieces_of(seed: int, number: int) -> list[slice | Spaced]:
+    """Runs of rows that overlap, touch, lie apart, are one row, or all; and several at one distance."""
     chosen = random.Random(seed)
-    bounds = (sorted(chosen.sample(range(ROWS + 1), 2)) for _ in range(number))
-    return [WHOLE if chosen.random() < 0.2 else slice(*pair) for pair in bounds]
+    bounds = [sorted(chosen.sample(range(ROWS + 1), 2)) for _ in range(number)]
+    pieces = [WHOLE if chosen.random() < 0.2 else slice(*pair) for pair in bounds]
+    return [chosen.choice(APART) if chosen.random() < 0.4 else piece for piece in pieces]
 
 
+def numbers_of(piece: slice | Spaced) -> list[int]:
+    """The rows of a piece."""
+    if isinstance(piece, slice):
+        return list(range(ROWS)[piece])
+    return [piece.first + i * piece.apart + j for i in range(piece.number) for j in range(piece.length)]
+
+
+def laid_out(part: Tensor, piece: slice | Spaced) -> Tensor:
+    """``[B, n, ...]`` as a sum takes it."""
+    return part if isinstance(piece, slice) else part.unflatten(1, (piece.number, piece.length))
+
+
+@pytest.fixture(params=[0, 16])
+def few_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that nothing was written to are found one by one, or by an index."""
+    monkeypatch.setattr(sums, "FEW_RUNS", request.param)
+
+
+@pytest.mark.usefixtures("few_runs")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_sum_of_any_pieces(seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.empty(2, ROWS, HEADS, DIM, dtype=dtype)
     total, expected = RowSum.like(x), torch.zeros(x.shape, dtype=torch.float64)
-    for rows in pieces_of(seed, seed % 5):
-        part = torch.randn((2, rows.stop - rows.start, HEADS, DIM), generator=generator).to(dtype)
+    for piece in pieces_of(seed, seed % 5):
+        rows = numbers_of(piece)
+        part = torch.randn((2, len(rows), HEADS, DIM), generator=generator).to(dtype)
         expected[:, rows] += part.double()
         if seed % 2:  # as an operator may return it
             part = part.transpose(1, 2).contiguous().transpose(1, 2)
-        total.add(rows, part)
+        total.add(piece, laid_out(part, piece))
     result = total.total()
     assert result.dtype == total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert result.is_contiguous()
@@ -61,6 +86,7 @@ def attention(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("blnm,bmnd->blnd", weights, values), torch.logsumexp(scores, -1)
 
 
+@pytest.mark.usefixtures("few_runs")
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_merge_of_any_pieces(seed: int, dtype: torch.dtype) -> None:
@@ -71,12 +97,12 @@ def test_a_merge_of_any_pieces(seed: int, dtype: torch.dtype) -> None:
     pieces, result = pieces_of(seed, seed % 5), AttentionSum(q, 2 * DIM)
     scores = torch.full((2, ROWS, HEADS, 5 * len(pieces) + 1), float("-inf"), dtype=torch.float64)
     values = torch.randn((2, 5 * len(pieces) + 1, HEADS, 2 * DIM), generator=generator, dtype=torch.float64)
-    for i, rows in enumerate(pieces):
-        keys = slice(5 * i, 5 * i + 5)
-        shape = 2, rows.stop - rows.start, HEADS, 5
+    for i, piece in enumerate(pieces):
+        rows, keys = numbers_of(piece), slice(5 * i, 5 * i + 5)
+        shape = 2, len(rows), HEADS, 5
         scores[:, rows, :, keys] = 30 * torch.randn(shape, generator=generator, dtype=torch.float64)
         out, lse = attention(scores[:, rows, :, keys], values[:, keys])
-        result.merge(rows, out.to(dtype), lse.to(wide))
+        result.merge(piece, laid_out(out.to(dtype), piece), laid_out(lse.to(wide), piece))
     out, lse = result.total()
     expected, expected_lse = attention(scores, values)
     assert (out.dtype, lse.dtype) == (dtype, wide)

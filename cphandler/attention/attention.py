@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first
+from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first, kind_of_call
 from cphandler.attention.capabilities import Capabilities
 from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import get_exchange
@@ -26,11 +26,14 @@ from cphandler.plan.plan import head_of
 from cphandler.sharding.dispatch import GradMode
 from cphandler.sharding.shard import ShardPair
 from cphandler.tensors import check_no_tangent, device_copy
-from cphandler.tokens.masks import Mask, make_mask
+from cphandler.tokens.masks import Mask, is_value, make_mask
 from cphandler.tokens.metadata import StreamMetadata
 from cphandler.tracing import untraced
 
 T = TypeVar("T")
+
+MOST_KINDS = 512
+"""Of calls that a handler remembers to have found right: tensors of a shape with options of a value, as layers have."""
 
 
 class Host(Protocol):
@@ -125,6 +128,7 @@ class Attention:
     def __init__(self, host: Host, name: str, capabilities: Capabilities, exchange: str = "") -> None:
         self.host, self.name, self.capabilities, self.exchange = host, name, capabilities, exchange
         self._plans: dict[bool, Plans] = {}
+        self._passed: dict[Hashable, AttentionCall] = {}
         self._prepared_own: tuple[Prepared, ...] = ()
         self._prepared_others: tuple[tuple[Mask, Prepared], ...] = ()
         self.fixed: FixedTables | None = None
@@ -228,18 +232,11 @@ class Attention:
             tensors: local query, key and value.
             options: keyword options.
         """
-        host = self.host
+        host, kind = self.host, kind_of_call(attn_mod, tensors, options)
 
         def check() -> AttentionCall:
-            call = AttentionCall.of(
-                attn_mod,
-                tensors,
-                options=AttentionOptions.checked(options),
-                rules=self._rules,
-                mask=host.mask,
-                config=host.config,
-            )
-            self._check_capabilities(call)
+            known = None if kind is None else self._passed.get(kind)
+            call = self._checked_anew(attn_mod, tensors, options) if known is None else known.over(tensors)
             self.check_call(call)
             self._check_tangents(call)
             if self.fixed is not None:
@@ -247,11 +244,40 @@ class Attention:
             if call.q.device.type == CAPTURED and is_capturing():
                 padded = host.shards.keys.padded_rows is not None
                 check_capture(self.name, self.exchange, packed=host.qkv_format == "thd", padded=padded)
-            if call.module is None:
+            if known is None and call.module is None:
                 self.plans(call).plan(call.mask)
+            if known is None and kind is not None and is_value(call.mask):
+                call = self._remembered(kind, call)
             return call
 
-        return host.agreed("core_attn", check, lambda call: f"{call.describe()}, {host.shown_mask(call.mask)}")
+        return host.agreed("core_attn", check, self._in_words)
+
+    def _checked_anew(
+        self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments
+    ) -> AttentionCall:
+        host, asked = self.host, AttentionOptions.checked(options)
+        call = AttentionCall.of(attn_mod, tensors, options=asked, rules=self._rules, mask=host.mask, config=host.config)
+        self._check_capabilities(call)
+        return call
+
+    def _remembered(self, kind: Hashable, call: AttentionCall) -> AttentionCall:
+        """The call, of a kind that will pass without being looked at again."""
+        if len(self._passed) >= MOST_KINDS:
+            self._passed.clear()
+        call = call._replace(kept={})
+        self._passed[kind] = call.replaced(*[torch.empty(0)] * 3)
+        return call
+
+    def _in_words(self, call: AttentionCall) -> str:
+        """A call in words that ranks compare."""
+        tensors = call.q, call.k, call.v
+        key = "words", torch.is_grad_enabled(), *(x.requires_grad for x in tensors)
+        words: str | None = None if call.kept is None else call.kept.get(key)
+        if words is None:
+            words = f"{call.describe()}, {self.host.shown_mask(call.mask)}"
+            if call.kept is not None:
+                call.kept[key] = words
+        return words
 
     @cached_property
     def _rules(self) -> TensorRules:
@@ -360,7 +386,7 @@ class Attention:
         padded = self.host.shards.keys.padded_rows is not None
         if padded:  # rows of a batch with padding are laid end to end
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
-        plan, scalars, indices = self._prepared(call, q.device) if call.prepared is None else self._found(call)
+        plan, scalars, indices = self._found(call) if call.prepared is not None else self._prepared(call, q.device)
         out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
         self.host.watched(out)
         largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
@@ -371,10 +397,17 @@ class Attention:
     @untraced
     def _prepared(self, call: AttentionCall, device: torch.device) -> tuple[Tensor, Scalars, Indices]:
         """The packed plan of a call and what else the operator takes."""
+        said = (*call[3:10], call.first_head, call.repeats)  # all but tensors: an algorithm may have changed some of it
+        known: tuple[Any, ...] | None = None if call.kept is None else call.kept.get("prepared")
+        if known is not None and known[:-3] == said:
+            return known[-3], known[-2], known[-1]
         plans = self.plans(call)
         scalars = self._scalars(call, plans)
         positions = plans.positions(device) if scalars.dropout_p else ()
-        return plans.plan(call.mask), scalars, Indices(plans.places(device), *positions)
+        plan, indices = plans.plan(call.mask), Indices(plans.places(device), *positions)
+        if call.kept is not None and all(x is None for x in indices):  # each stream asks for tables on a device
+            call.kept["prepared"] = (*said, plan, scalars, indices)
+        return plan, scalars, indices
 
     def _found(self, call: AttentionCall) -> tuple[Tensor, Scalars, Indices]:
         """As :meth:`_prepared`, of what was prepared before."""

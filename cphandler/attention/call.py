@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from cphandler.attention.loop import AttentionResult
-from cphandler.attention.options import AttentionOptions, CoreAttention, check_tensor
+from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments, check_tensor
 from cphandler.comm.consistency import kind_of
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.kernels import select_kernel
 from cphandler.precision import ATTENTION_DTYPES
 from cphandler.tensors import where_rows_are
-from cphandler.tokens.masks import Mask, make_mask
+from cphandler.tokens.masks import Mask, is_value, make_mask
 
 MOST_SIGNATURES = 64
 """Kinds of tensors that a handler remembers to have found right."""
@@ -30,6 +30,28 @@ def _signature(tensors: tuple[Tensor, Tensor, Tensor]) -> Hashable | None:
             return None
     q, k, v = tensors
     return q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+
+
+_PLAIN = frozenset({type(None), bool, int, float, str})
+
+
+def kind_of_call(attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Hashable | None:
+    """All that the checks of a call look at, and what is settled by it; None where some of it may change unseen.
+
+    Types count: True is no 1. A module may be given other settings, a tensor other numbers, and a seed comes once.
+    """
+    if attn_mod is not None:
+        return None
+    signature = _signature(tensors)
+    if signature is None or not options:
+        return signature
+    values = tuple(options.values())
+    for value in values:
+        if type(value) not in _PLAIN and not (isinstance(value, Mask) and is_value(value)):
+            return None
+    if options.get("dropout_p"):
+        return None
+    return signature, tuple(options), values, tuple(map(type, values))
 
 
 @dataclass(frozen=True)
@@ -185,6 +207,7 @@ class AttentionCall(NamedTuple):
         first_head: number in the model of the first head in ``q``.
         repeats: how many query heads in ``q`` use each key head, where they are uneven; else empty.
         prepared: what attention needs, where it was found before the call was traced; None where it is looked up.
+        kept: what follows from a call of its kind alone, kept from call to call; None where nothing may be.
     """
 
     q: Tensor
@@ -201,6 +224,7 @@ class AttentionCall(NamedTuple):
     first_head: int
     repeats: tuple[int, ...]
     prepared: Any = None
+    kept: dict[Hashable, Any] | None = None
 
     @classmethod
     def of(
@@ -284,6 +308,12 @@ class AttentionCall(NamedTuple):
     def replaced(self, q: Tensor, k: Tensor, v: Tensor, **changes: Any) -> AttentionCall:
         """The same call over other tensors: whole documents in place of local rows, or some heads only."""
         return self._replace(q=q, k=k, v=v, **changes)
+
+    def over(self, tensors: tuple[Tensor, Tensor, Tensor]) -> AttentionCall:
+        """The same call over other tensors of the kind that it was made for, in the caller's format."""
+        form = self.qkv_format
+        q, k, v = tensors
+        return AttentionCall(batch_first(q, form), batch_first(k, form), batch_first(v, form), *self[3:])
 
     def describe(self) -> str:
         """The call in a few words, the same on every rank that makes the same one."""

@@ -6,7 +6,7 @@ op as one int64 tensor, so that a compiled model sees data, not a new constant, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -24,10 +24,12 @@ from cphandler.kernels.dropout import Dropout, query_states
 from cphandler.kernels.kernel import Gradients, Saved
 from cphandler.kernels.sums import ALL
 from cphandler.kernels.tables import DeviceTables
+from cphandler.operators import differentiable, fake, operator
 from cphandler.plan.plan import Plan
 from cphandler.plan.tasks import OWNER
 from cphandler.precision import accumulator_dtype
 from cphandler.sharding.heads import repeat_heads
+from cphandler.tokens.intervals import Table
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -141,25 +143,20 @@ class Scalars(NamedTuple):
 
     @classmethod
     def unpacked(
-        cls, flat: Tensor | None, floats: list[float], integers: list[int], names: str
-    ) -> tuple[Scalars, Indices]:
-        """What :meth:`packed` was given."""
+        cls, floats: list[float], integers: list[int], names: str
+    ) -> tuple[Scalars, tuple[int, int, int] | None]:
+        """What :meth:`packed` was given, and the lengths of the indices; None without dropout."""
         scale, softcap, dropout_p = floats
         kernel, exchange, group_name, wire, bits = names.split("\n")
         same = bool(bits)
         if not dropout_p:
             repeats = tuple(integers)
             scalars = cls(scale, kernel, exchange, group_name, wire, softcap, repeats=repeats, deterministic=same)
-            return scalars, Indices(flat)
+            return scalars, None
         places, queries, owners, seed, layer, head, query_tokens, key_tokens, *uneven = integers
         options, tokens = (softcap, dropout_p, seed, layer, head), (query_tokens, key_tokens)
         scalars = cls(scale, kernel, exchange, group_name, wire, *options, tokens, tuple(uneven), same)
-        return scalars, Indices.unpacked(flat, places, queries, owners)
-
-    def route(self, plan: _PlanInUse, places: Tensor | None) -> Route:
-        """What the exchange must know."""
-        wire = getattr(torch, self.wire) if self.wire else None
-        return Route(plan.plan, self.group_name, plan.rows, places, wire)
+        return scalars, (places, queries, owners)
 
 
 OPEN = "?"
@@ -170,6 +167,30 @@ OF_DOCUMENTS = "*"
 
 MOST_MASKS = 32
 """Tables of hidden scores kept with a plan, a few MB each at most; only windows of many widths need more."""
+
+
+MOST_SETTINGS = 64
+"""Of calls that are kept with a plan; only a scale that is learned has more."""
+
+
+class _Settings(NamedTuple):
+    """What follows from the numbers and names of a call.
+
+    Attributes:
+        scalars: the numbers and names.
+        lengths: of the indices; None without dropout.
+        softmax: how scores become weights, but for dropout.
+        is_uneven: whether key heads are used by different numbers of query heads.
+    """
+
+    scalars: Scalars
+    lengths: tuple[int, int, int] | None
+    softmax: Softmax
+    is_uneven: bool
+
+    def indices(self, flat: Tensor | None) -> Indices:
+        """What :meth:`Indices.packed` was given."""
+        return Indices(flat) if self.lengths is None else Indices.unpacked(flat, *self.lengths)
 
 
 class _PlanInUse:
@@ -186,6 +207,8 @@ class _PlanInUse:
         self.version, self.plan = version, Plan.from_tensor(packed)
         self.rows, self.masks = DeviceTables(), DeviceTables(MOST_MASKS)
         self._tasks: dict[Hashable, Tasks] = {}
+        self._of_owner: dict[int, tuple[Table, Tasks]] = {}
+        self._settings: dict[Hashable, _Settings] = {}
 
     @property
     def nbytes(self) -> int:
@@ -193,15 +216,33 @@ class _PlanInUse:
         tables = sum(table.nbytes for kept in (self.rows, self.masks) for table in list(kept))
         return tables + sum(tasks.nbytes for tasks in list(self._tasks.values()))
 
+    def settings(self, floats: list[float], integers: list[int], names: str) -> _Settings:
+        """What an operator's last arguments say; kept, but for dropout's, which differ from step to step."""
+        key = (names, *floats, *integers)
+        known = self._settings.get(key)
+        if known is None:
+            scalars, lengths = Scalars.unpacked(floats, integers, names)
+            same, softcap = scalars.deterministic, scalars.softcap or None
+            softmax = Softmax(scalars.scale, softcap, masks=self.masks, deterministic=same)
+            known = _Settings(scalars, lengths, softmax, len(set(scalars.repeats)) > 1)
+            if not scalars.dropout_p:
+                if len(self._settings) >= MOST_SETTINGS:
+                    self._settings.clear()
+                self._settings[key] = known
+        return known
+
     def tasks(self, block: Block) -> Tasks:
         """The tasks of a block, with what kernels made of them where they are rows of this plan."""
+        known = self._of_owner.get(block.owner)
+        if known is not None and known[0] is block.tasks:
+            return known[1]
         table = block.tasks[:, OWNER + 1 :]
         if not np.may_share_memory(block.tasks, self.plan.tasks):
             return Tasks(table)
         key = block.tasks.__array_interface__["data"][0], len(block.tasks), block.tasks.strides
-        if key not in self._tasks:
-            self._tasks[key] = Tasks(table)
-        return self._tasks[key]
+        tasks = self._tasks.setdefault(key, Tasks(table))
+        self._of_owner[block.owner] = block.tasks, tasks
+        return tasks
 
     def fix(self, tasks: Tasks) -> None:
         """Let a block of all of the plan's tasks have others, which are known by what kernels made of them."""
@@ -268,7 +309,7 @@ def attention(
         accumulator's dtype, ``-inf`` there. Both are differentiable; the gradient of the sinks is over these rows.
     """
     packed = plan.to_tensor() if isinstance(plan, Plan) else plan
-    out, lse = attention_forward(q, k, v, sinks, packed, *scalars.packed(indices))
+    out, lse = _forward(q, k, v, sinks, packed, *scalars.packed(indices))
     return out, lse
 
 
@@ -287,32 +328,36 @@ def max_logit(q: Tensor, k: Tensor, plan: Tensor, scalars: Scalars, indices: Ind
     return result
 
 
-def _chosen(scalars: Scalars, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
-    """The kernel that the tensors of a call come to."""
-    softcap, dropout = bool(scalars.softcap), bool(scalars.dropout_p)
-    asked = {"deterministic": scalars.deterministic, "softcap": softcap, "dropout": dropout}
-    name = scalars.kernel.removeprefix(OPEN)
-    if name.startswith(OF_DOCUMENTS):
-        name = name.removeprefix(OF_DOCUMENTS)
-        if q.device.type == CAPTURED and is_capturing():
-            check_capture("a compiled block", scalars.exchange, packed=True, padded=False)
-    return get_kernel(select_kernel(name, q, k, v, **asked), q.device.type)
+def _kernel(scalars: Scalars, q: Tensor, k: Tensor, v: Tensor) -> Kernel:
+    """The kernel of a call: the one that is named, or the one that the tensors come to."""
+    name = scalars.kernel
+    if name[0] == OPEN:
+        softcap, dropout = bool(scalars.softcap), bool(scalars.dropout_p)
+        asked = {"deterministic": scalars.deterministic, "softcap": softcap, "dropout": dropout}
+        name = name.removeprefix(OPEN)
+        if name.startswith(OF_DOCUMENTS):
+            name = name.removeprefix(OF_DOCUMENTS)
+            if q.device.type == CAPTURED and is_capturing():
+                check_capture("a compiled block", scalars.exchange, packed=True, padded=False)
+        name = select_kernel(name, q, k, v, **asked)
+    return get_kernel(name, q.device.type)
 
 
-def _blocks(scalars: Scalars, route: Route, rows: Rows, *, home: Sums | None = None) -> Iterator[Block]:
+def _blocks(
+    in_use: _PlanInUse, scalars: Scalars, places: Tensor | None, rows: Rows, home: Sums = ()
+) -> Iterable[Block]:
     """The blocks of an exchange, forward, or backward where there are sums; one block without an exchange."""
     if not scalars.exchange:
-        return iter([Block(route.plan.tasks, rows, home or (), 0)])
+        return [Block(in_use.plan.tasks, rows, home, 0)]
+    wire = getattr(torch, scalars.wire) if scalars.wire else None
+    route = Route(in_use.plan, scalars.group_name, in_use.rows, places, wire)
     exchange = get_exchange(scalars.exchange)()
-    return exchange.forward(route, rows) if home is None else exchange.backward(route, rows, home)
+    return exchange.backward(route, rows, home) if home else exchange.forward(route, rows)
 
 
 @contextmanager
 def _per_head(grads: Sums, repeats: tuple[int, ...]) -> Iterator[Sums]:
-    """Sums for key heads repeated as often as they are used, added up at the end; the same where all are used alike."""
-    if len(set(repeats)) <= 1:
-        yield grads
-        return
+    """Sums for key heads repeated as often as they are used, added up at the end."""
     repeated = tuple(RowSum((*x.shape[:2], sum(repeats), x.shape[-1]), x.dtype, x.device) for x in grads)
     yield repeated
     for total, part in zip(grads, repeated, strict=True):
@@ -320,29 +365,30 @@ def _per_head(grads: Sums, repeats: tuple[int, ...]) -> Iterator[Sums]:
 
 
 class _Weighting:
-    """How scores become weights, block by block."""
+    """How scores become weights, some of which are dropped, block by block."""
 
-    def __init__(self, scalars: Scalars, q: Tensor, indices: Indices, in_use: _PlanInUse) -> None:
-        softcap, same = scalars.softcap or None, scalars.deterministic
-        self._plain = Softmax(scalars.scale, softcap, masks=in_use.masks, deterministic=same)
-        self._rows = in_use.rows
-        self._p, self._keys = scalars.dropout_p, None
-        _, queries, keys = indices
-        if scalars.dropout_p and queries is not None and keys is not None:
-            per_row, keys_per_row = (max(1, count) for count in scalars.tokens)
-            rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1) + queries // per_row
-            heads = torch.arange(scalars.first_head, scalars.first_head + q.shape[2], device=q.device)
-            self._states = query_states(scalars.dropout_seed, scalars.layer, rows, queries % per_row, heads)
-            self._keys = keys % keys_per_row
+    def __init__(self, settings: _Settings, q: Tensor, queries: Tensor, keys: Tensor, in_use: _PlanInUse) -> None:
+        scalars, self._softmax, self._rows = settings.scalars, settings.softmax, in_use.rows
+        per_row, keys_per_row = (max(1, count) for count in scalars.tokens)
+        rows = torch.arange(q.shape[0], device=q.device).unsqueeze(1) + queries // per_row
+        heads = torch.arange(scalars.first_head, scalars.first_head + q.shape[2], device=q.device)
+        self._states = query_states(scalars.dropout_seed, scalars.layer, rows, queries % per_row, heads)
+        self._p, self._keys = scalars.dropout_p, keys % keys_per_row
 
     def of(self, block: Block) -> Softmax:
         """For a block's keys."""
-        if self._keys is None:
-            return self._plain
         keys = self._keys[block.owner]
         if block.runs is not None:
             keys = keys[rows_of(block.runs, keys.device, self._rows)]
-        return self._plain._replace(dropout=Dropout(self._p, self._states, keys))
+        return self._softmax._replace(dropout=Dropout(self._p, self._states, keys))
+
+
+def _weighting(settings: _Settings, q: Tensor, indices: Indices, in_use: _PlanInUse) -> _Weighting | None:
+    """What says how each block's scores become weights; None where all blocks have the settings' softmax."""
+    _, queries, keys = indices
+    if not settings.scalars.dropout_p or queries is None or keys is None:
+        return None
+    return _Weighting(settings, q, queries, keys, in_use)
 
 
 def _without_autocast(operation: Callable[P, T]) -> Callable[P, T]:
@@ -360,7 +406,7 @@ def _without_autocast(operation: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-@torch.library.custom_op("cphandler::attention_forward", mutates_args=())
+@operator("attention_forward")
 @_without_autocast
 def attention_forward(
     q: Tensor,
@@ -374,15 +420,17 @@ def attention_forward(
     names: str,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`attention`."""
-    scalars, where = Scalars.unpacked(indices, floats, integers, names)
     in_use, result = _unpacked(plan), AttentionSum(q, v.shape[-1])
-    route = scalars.route(in_use, where.places)
-    compute = _chosen(scalars, q, k, v) if scalars.kernel[0] == OPEN else get_kernel(scalars.kernel, q.device.type)
-    weighting = _Weighting(scalars, q, where, in_use)
-    for block in _blocks(scalars, route, (k, v)):
-        block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
-        if q.shape[2]:  # a rank without heads only takes part in the exchange
-            compute.forward(q, block_keys, block_values, in_use.tasks(block), weighting.of(block), result)
+    settings = in_use.settings(floats, integers, names)
+    scalars, where = settings.scalars, settings.indices(indices)
+    compute, weighting, heads = _kernel(scalars, q, k, v), _weighting(settings, q, where, in_use), q.shape[2]
+    for block in _blocks(in_use, scalars, where.places, (k, v)):
+        block_keys, block_values = block.rows
+        if settings.is_uneven:
+            block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
+        if heads:  # a rank without heads only takes part in the exchange
+            softmax = settings.softmax if weighting is None else weighting.of(block)
+            compute.forward(q, block_keys, block_values, in_use.tasks(block), softmax, result)
         del block, block_keys, block_values  # before the exchange makes room for the next one
     return result.total(sinks)
 
@@ -398,7 +446,7 @@ def _sink_gradient(sinks: Tensor, saved: Saved) -> Tensor:
     return (weights * torch.where(seen, change, 0.0)).sum((0, 1)).to(sinks.dtype)
 
 
-@torch.library.custom_op("cphandler::attention_backward", mutates_args=())
+@operator("attention_backward")
 @_without_autocast
 def attention_backward(
     grad_out: Tensor,
@@ -416,25 +464,28 @@ def attention_backward(
     names: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and sinks from the merged ``out`` and ``lse``; keys travel again, their gradients home."""
-    scalars, where = Scalars.unpacked(indices, floats, integers, names)
-    dq, dk, dv = (RowSum.like(x) for x in (q, k, v))
-    compute = _chosen(scalars, q, k, v) if scalars.kernel[0] == OPEN else get_kernel(scalars.kernel, q.device.type)
     in_use = _unpacked(plan)
-    route = scalars.route(in_use, where.places)
-    saved, weighting = Saved(q, out, lse, grad_out, grad_lse), _Weighting(scalars, q, where, in_use)
-    for block in _blocks(scalars, route, (k, v), home=(dk, dv)):
-        block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
-        if q.shape[2]:
+    settings = in_use.settings(floats, integers, names)
+    scalars, where = settings.scalars, settings.indices(indices)
+    dq, dk, dv = RowSum.like(q), RowSum.like(k), RowSum.like(v)
+    compute, weighting, heads = _kernel(scalars, q, k, v), _weighting(settings, q, where, in_use), q.shape[2]
+    saved = Saved(q, out, lse, grad_out, grad_lse)
+    for block in _blocks(in_use, scalars, where.places, (k, v), (dk, dv)):
+        block_keys, block_values = block.rows
+        tasks, softmax = in_use.tasks(block), settings.softmax if weighting is None else weighting.of(block)
+        if heads and settings.is_uneven:
+            block_keys, block_values = (repeat_heads(x, scalars.repeats) for x in block.rows)
             with _per_head(block.grads, scalars.repeats) as sums:
-                grads = Gradients(dq, *sums)
-                compute.backward(saved, block_keys, block_values, in_use.tasks(block), weighting.of(block), grads)
-            del sums, grads
+                compute.backward(saved, block_keys, block_values, tasks, softmax, Gradients(dq, *sums))
+            del sums
+        elif heads:
+            compute.backward(saved, block_keys, block_values, tasks, softmax, Gradients(dq, *block.grads))
         del block, block_keys, block_values  # before the exchange makes room for the next one
     dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, saved)
     return dq.total(q.dtype), dk.total(k.dtype), dv.total(v.dtype), dsinks
 
 
-@torch.library.custom_op("cphandler::largest_scores", mutates_args=())
+@operator("largest_scores")
 @_without_autocast
 def largest_scores(
     q: Tensor,
@@ -446,25 +497,25 @@ def largest_scores(
     names: str,
 ) -> Tensor:
     """See :func:`max_logit`."""
-    scalars, where = Scalars.unpacked(indices, floats, integers, names)
-    result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
-    compute = _chosen(scalars, q, k, k) if scalars.kernel[0] == OPEN else get_kernel(scalars.kernel, q.device.type)
     in_use = _unpacked(plan)
-    softmax = Softmax(scalars.scale, masks=in_use.masks)
-    for block in _blocks(scalars, scalars.route(in_use, where.places), (k,)):
+    settings = in_use.settings(floats, integers, names)
+    scalars, where = settings.scalars, settings.indices(indices)
+    result = q.new_full((q.shape[2],), float("-inf"), dtype=accumulator_dtype(q.dtype))
+    compute, softmax = _kernel(scalars, q, k, k), Softmax(scalars.scale, masks=in_use.masks)
+    for block in _blocks(in_use, scalars, where.places, (k,)):
         if q.shape[2]:
             compute.max_logit(q, repeat_heads(block.rows[0], scalars.repeats), in_use.tasks(block), softmax, result)
         del block
     return result
 
 
-@attention_forward.register_fake
+@fake(attention_forward)
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     return out, q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
 
 
-@attention_backward.register_fake
+@fake(attention_backward)
 def _fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -472,7 +523,7 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-@largest_scores.register_fake
+@fake(largest_scores)
 def _fake_largest(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty((q.shape[2],), dtype=accumulator_dtype(q.dtype))
 
@@ -487,11 +538,11 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     q, k, v, sinks, out, *rest = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    dq, dk, dv, dsinks = attention_backward(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.scalars)
+    dq, dk, dv, dsinks = _gradients(grad_out, grad_lse, q, k, v, sinks, out, *rest, *ctx.scalars)
     return (dq, dk, dv, None if sinks is None else dsinks, *[None] * 5)
 
 
-attention_forward.register_autograd(_backward, setup_context=_save)
+_forward = differentiable(attention_forward, _backward, _save)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -506,4 +557,4 @@ def _twice(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-attention_backward.register_autograd(_twice, setup_context=_save_nothing)
+_gradients = differentiable(attention_backward, _twice, _save_nothing)

@@ -58,7 +58,9 @@ class Gathered(NamedTuple):
 
     def of(self, x: Tensor) -> Tensor:
         """The rows ``[B, number, ...]`` of ``[B, L, ...]``; a view where they lie side by side."""
-        return x[:, self.rows] if self.places is None else x.index_select(1, self.places)
+        if self.places is not None:
+            return x.index_select(1, self.places)
+        return x if self.number == x.shape[1] else x[:, self.rows]
 
     @property
     def nbytes(self) -> int:

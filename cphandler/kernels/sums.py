@@ -7,15 +7,46 @@ task over everything, as on one rank, costs no accumulator, no merge and no cast
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cphandler.kernels.merge import merge_into
 from cphandler.precision import accumulator_dtype
+from cphandler.tokens.intervals import Flags, expand
 
 ALL = slice(None)
 """Every row."""
+
+FEW_RUNS = 16
+"""Up to so many runs of rows are written one by one."""
+
+
+class Spaced(NamedTuple):
+    """Runs of rows of one length, at one distance from each other.
+
+    Attributes:
+        first: row of the first run.
+        length: rows of each.
+        apart: rows from the start of one to that of the next; at least ``length``.
+        number: of the runs.
+    """
+
+    first: int
+    length: int
+    apart: int
+    number: int
+
+    @property
+    def around(self) -> slice:
+        """All rows from the first one to the last, those between the runs too."""
+        return slice(self.first, self.first + (self.number - 1) * self.apart + self.length)
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows ``[B, number, length, ...]`` of ``[B, L, ...]``; a view."""
+        return x[:, self.around].unfold(1, self.length, self.apart).movedim(-1, 2)
 
 
 class _Covered:
@@ -23,16 +54,22 @@ class _Covered:
 
     Args:
         length: how many there are.
+
+    Attributes:
+        complete: a piece of all rows was.
     """
 
     def __init__(self, length: int) -> None:
         self._rows = bytearray(length)
-        self._complete = False
+        self.complete = False
 
-    def of(self, rows: slice) -> tuple[bool, bool]:
+    def of(self, rows: slice | Spaced) -> tuple[bool, bool]:
         """Whether any and whether all of some rows have been written; of no rows, none and all."""
-        if self._complete:
+        if self.complete:
             return True, True
+        if isinstance(rows, Spaced):
+            cells = self._cells(rows)
+            return bool(cells.any()), bool(cells.all())
         start, stop, _ = rows.indices(len(self._rows))
         written = self._rows.count(1, start, stop)
         return written > 0, written == stop - start
@@ -40,12 +77,18 @@ class _Covered:
     @property
     def none(self) -> bool:
         """Nothing has been written."""
-        return not self._complete and 1 not in self._rows
+        return not self.complete and 1 not in self._rows
 
-    def holes(self, rows: slice) -> Iterator[slice]:
-        """Runs of rows among these that have not been written."""
-        if self._complete:
-            return
+    def _cells(self, rows: Spaced) -> Flags:
+        cells: Flags = np.ndarray((rows.number, rows.length), np.bool_, self._rows, rows.first, (rows.apart, 1))
+        return cells
+
+    def holes(self, rows: slice | Spaced) -> list[slice]:
+        """Runs of rows among these, and between them, that have not been written."""
+        return [] if self.complete else list(self._holes(rows))
+
+    def _holes(self, rows: slice | Spaced) -> Iterator[slice]:
+        rows = rows.around if isinstance(rows, Spaced) else rows
         start, end, _ = rows.indices(len(self._rows))
         while (start := self._rows.find(0, start, end)) >= 0:
             stop = self._rows.find(1, start, end)
@@ -53,11 +96,14 @@ class _Covered:
             yield slice(start, stop)
             start = stop
 
-    def mark(self, rows: slice) -> None:
+    def mark(self, rows: slice | Spaced) -> None:
         """These are written now."""
+        if isinstance(rows, Spaced):
+            self._cells(rows)[:] = True
+            return
         start, stop, _ = rows.indices(len(self._rows))
         if stop - start == len(self._rows):
-            self._complete = True
+            self.complete = True
         self._rows[start:stop] = b"\1" * (stop - start)
 
 
@@ -76,9 +122,9 @@ class _Accumulator:
 
     def takes(self, part: Tensor) -> bool:
         """Make a part that covers all rows the accumulator itself, in its own dtype until more comes; if it can be."""
-        if self._tensor is not None or part.shape != self.shape or not part.is_contiguous():
+        if self._tensor is not None or part.shape != self.shape:
             return False
-        self._tensor = part
+        self._tensor = part.contiguous()
         return True
 
     @property
@@ -90,9 +136,26 @@ class _Accumulator:
             self._tensor = self._tensor.to(self.dtype)
         return self._tensor
 
+    def at(self, rows: slice | Spaced) -> Tensor:
+        """Some of the rows, to be written to."""
+        x = self._tensor
+        if x is None or x.dtype != self.dtype:
+            x = self.tensor
+        return rows.of(x) if isinstance(rows, Spaced) else x[:, rows]
+
+    def clear(self, runs: list[slice], value: float = 0.0) -> None:
+        """Write a number to runs of rows: to many by one index, on the host alone, where that waits for nothing."""
+        if len(runs) <= FEW_RUNS or self.device.type != "cpu":
+            for run in runs:
+                self.tensor[:, run] = value
+            return
+        starts, stops = np.array([(run.start, run.stop) for run in runs], dtype=np.int64).T
+        self.tensor.index_fill_(1, torch.from_numpy(expand(starts, stops - starts)), value)
+
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """The rows in another dtype; what came in it alone was never anything else."""
-        return (self.tensor if self._tensor is None else self._tensor).to(dtype)
+        rows = self.tensor if self._tensor is None else self._tensor
+        return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 class RowSum:
@@ -127,23 +190,22 @@ class RowSum:
         """Where the rows are."""
         return self._sum.device
 
-    def add(self, rows: slice, part: Tensor) -> None:
+    def add(self, rows: slice | Spaced, part: Tensor) -> None:
         """Add a piece.
 
         Args:
             rows: where it belongs.
-            part: ``[B, n, ...]`` in the sum's dtype or a narrower one. It may become the sum, and then be written to:
-                a tensor that nobody else keeps.
+            part: ``[B, n, ...]``, or ``[B, number, length, ...]`` where the rows lie apart, in the sum's dtype or a
+                narrower one. It may become the sum, and then be written to: a tensor that nobody else keeps.
         """
         some, every = self._covered.of(rows)
         whole = part.shape[1] == self._sum.shape[1]
         if some and not every:
-            for hole in self._covered.holes(rows):
-                self._sum.tensor[:, hole] = 0
+            self._sum.clear(self._covered.holes(rows))
         if some:
-            self._sum.tensor[:, rows].add_(part)
+            self._sum.at(rows).add_(part)
         elif not (whole and self._sum.takes(part)):
-            self._sum.tensor[:, rows].copy_(part)
+            self._sum.at(rows).copy_(part)
         self._covered.mark(rows)
 
     def add_at(self, index: Tensor, part: Tensor) -> None:
@@ -154,16 +216,15 @@ class RowSum:
             part: ``[B, n, ...]`` in the sum's dtype or a narrower one.
         """
         first = self._covered.none
-        for hole in self._covered.holes(ALL):
-            self._sum.tensor[:, hole] = 0
+        self._sum.clear(self._covered.holes(ALL))
         self._covered.mark(ALL)
         total = self._sum.tensor
         total.index_copy_(1, index, part.to(total.dtype) if first else total.index_select(1, index).add_(part))
 
     def total(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum, contiguous, in its own dtype or another; nothing is to be added afterwards."""
-        for hole in self._covered.holes(ALL):
-            self._sum.tensor[:, hole] = 0
+        if not self._covered.complete:
+            self._sum.clear(self._covered.holes(ALL))
         return self._sum.rounded(dtype or self._sum.dtype)
 
 
@@ -181,11 +242,11 @@ class AttentionSum:
         self._out = _Accumulator((*q.shape[:-1], channels), dtype, q.device)
         self._lse = _Accumulator(q.shape[:-1], dtype, q.device)
 
-    def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+    def merge(self, rows: slice | Spaced, out: Tensor, lse: Tensor) -> None:
         """Merge attention of some rows over further keys.
 
         Args:
-            rows: the query rows.
+            rows: the query rows. Where they lie apart, ``number, length`` stands for n below.
             out: ``[B, n, N, D_v]``. Both may become the result, and then be written to: tensors that nobody else keeps.
             lse: ``[B, n, N]`` natural log-sum-exp of the scaled (and capped) scores, in the accumulators' dtype.
         """
@@ -194,12 +255,12 @@ class AttentionSum:
         if some and not every:
             self._blank(rows)
         if some:
-            merge_into(self._out.tensor[:, rows], self._lse.tensor[:, rows], out, lse)
+            merge_into(self._out.at(rows), self._lse.at(rows), out, lse)
         else:
             if not (whole and self._out.takes(out)):
-                self._out.tensor[:, rows].copy_(out)
+                self._out.at(rows).copy_(out)
             if not (whole and self._lse.takes(lse)):
-                self._lse.tensor[:, rows].copy_(lse)
+                self._lse.at(rows).copy_(lse)
         self._covered.mark(rows)
 
     def merge_at(self, index: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -219,10 +280,10 @@ class AttentionSum:
             merge_into(self._out.tensor, self._lse.tensor, out, lse, index)
         self._covered.mark(ALL)
 
-    def _blank(self, rows: slice) -> None:
-        for hole in self._covered.holes(rows):
-            self._out.tensor[:, hole] = 0
-            self._lse.tensor[:, hole] = float("-inf")
+    def _blank(self, rows: slice | Spaced) -> None:
+        holes = self._covered.holes(rows)
+        self._out.clear(holes)
+        self._lse.clear(holes, float("-inf"))
 
     def total(self, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``out [B, L, N, D_v]`` in the queries' dtype and ``lse [B, L, N]``, contiguous; nothing is merged afterwards.
@@ -230,7 +291,8 @@ class AttentionSum:
         Args:
             sinks: ``[N]``: one more logit per head in the softmax of every row that has seen something.
         """
-        self._blank(ALL)
+        if not self._covered.complete:
+            self._blank(ALL)
         lse = self._lse.tensor
         if sinks is not None:
             lse = _absorb(self._out.tensor, lse, sinks.to(lse.dtype))

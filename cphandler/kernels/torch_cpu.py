@@ -30,6 +30,9 @@ from cphandler.kernels.task import Task
 from cphandler.precision import ATTENTION_DTYPES
 from cphandler.tokens.intervals import UNBOUNDED
 
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
 
 class Cut(NamedTuple):
     """How a causal task is cut.
@@ -56,10 +59,10 @@ to 8192 it makes no difference above the noise in ``benchmarks/blocks.py``; it b
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:
-    """The tensors, each padded to the most channels that one of them has."""
+    """The tensors as the kernel takes them, each padded to the most channels that one of them has."""
     channels = [x.shape[-1] for x in tensors]
     widest = max(channels)
-    return [x if own == widest else padded(x, widest) for x, own in zip(tensors, channels, strict=True)]
+    return [unit_stride(x if own == widest else padded(x, widest)) for x, own in zip(tensors, channels, strict=True)]
 
 
 class TorchCpuKernel(BlockKernel):
@@ -93,11 +96,11 @@ class TorchCpuKernel(BlockKernel):
         Zeros appended to the narrower of queries and values change no score, and no channel that was there.
         """
         causal, mask = self._masking(block, q, softmax)
-        tensors: list[Any] = [unit_stride(x) for x in _widened(q, k, v)]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *tensors, 0.0, causal, attn_mask=mask, scale=softmax.scale
-        )
-        return narrowed(out.transpose(1, 2), v.shape[-1]), lse.transpose(1, 2)
+        channels = v.shape[-1]
+        alike = channels == q.shape[-1]
+        tensors: Any = (unit_stride(q), unit_stride(k), unit_stride(v)) if alike else _widened(q, k, v)
+        out, lse = _forward(*tensors, 0.0, causal, attn_mask=mask, scale=softmax.scale)
+        return narrowed(out.transpose(1, 2), channels), lse.transpose(1, 2)
 
     def block_backward(
         self, saved: Saved, k: Tensor, v: Tensor, block: Task, softmax: Softmax
@@ -112,10 +115,9 @@ class TorchCpuKernel(BlockKernel):
         if saved.grad_lse is not None:
             out = torch.cat([out, -saved.grad_lse.unsqueeze(-1).to(out.dtype)], dim=-1)
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
-        tensors: list[Any] = [unit_stride(x) for x in _widened(grad_out, q, k, v, out)]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *tensors, saved.lse.transpose(1, 2), 0.0, causal, attn_mask=mask, scale=softmax.scale
-        )
+        tensors: list[Any] = _widened(grad_out, q, k, v, out)
+        lse = saved.lse.transpose(1, 2)
+        grads = _backward(*tensors, lse, 0.0, causal, attn_mask=mask, scale=softmax.scale)
         widths = (q.shape[-1], k.shape[-1], v.shape[-1])
         dq, dk, dv = (narrowed(x.transpose(1, 2), width) for x, width in zip(grads, widths, strict=True))
         return dq, dk, dv

@@ -68,16 +68,14 @@ class _Groups:
             order = np.argsort(numbers, kind="stable")
             numbers, rows = numbers[order], rows[order]
             first = np.flatnonzero(np.diff(numbers, prepend=-1))
-        self._rows = frozen(rows)
+        rows = frozen(rows)
         walls = pairwise([*first.tolist(), len(numbers)])
-        self._slices = {number: slice(*wall) for number, wall in zip(numbers[first].tolist(), walls, strict=True)}
+        self._parts = {number: rows[slice(*wall)] for number, wall in zip(numbers[first].tolist(), walls, strict=True)}
+        self._nothing = rows[:0]
 
     def of(self, number: int) -> Table:
-        """The rows of a group, in their order; read-only."""
-        return self._rows[self._slices.get(number, _NOTHING)]
-
-
-_NOTHING = slice(0, 0)
+        """The rows of a group, in their order; read-only, the same object each time."""
+        return self._parts.get(number, self._nothing)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cphandler.comm import collectives
+from cphandler.operators import differentiable, fake, operator
 from cphandler.precision import accumulator_dtype
 from cphandler.sharding.order import SequenceOrder
 
@@ -80,7 +81,7 @@ def gather_seq_scatter_heads(
         ``[B, S, n_i, D_i]`` each, tokens in global order. The backward pass sends the gradients back and adds, in rank
         order, those of heads that several ranks wanted.
     """
-    result: list[Tensor] = _to_heads(
+    result: list[Tensor] = _scattered(
         list(tensors), _flat(ranges), order.places, order.tokens, order.identity, group_name
     )
     return result
@@ -94,7 +95,7 @@ def gather_heads_scatter_seq(
     Pad rows come out as zeros. One operator, so that ranks whose losses use different ones of the results still send
     the same messages in their backward passes.
     """
-    result: list[Tensor] = _to_tokens(
+    result: list[Tensor] = _gathered(
         list(tensors), _flat([ranges] * len(tensors)), order.places, order.tokens, order.identity, group_name
     )
     return result
@@ -115,7 +116,7 @@ def slice_heads(
         ``[B, S, n_i, D_i]`` each. The backward pass gathers the gradients of all heads on every rank, and adds, in rank
         order, those of heads that several ranks took.
     """
-    result: list[Tensor] = _slice(list(tensors), _flat(ranges), rank, group_name)
+    result: list[Tensor] = _sliced(list(tensors), _flat(ranges), rank, group_name)
     return result
 
 
@@ -124,7 +125,7 @@ def gather_heads(tensors: Sequence[Tensor], ranges: Sequence[tuple[int, int]], g
 
     The backward pass is this rank's slice: right where every rank computes the same loss.
     """
-    result: list[Tensor] = _unslice(list(tensors), _flat([ranges] * len(tensors)), group_name)
+    result: list[Tensor] = _unsliced(list(tensors), _flat([ranges] * len(tensors)), group_name)
     return result
 
 
@@ -159,7 +160,7 @@ def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-@torch.library.custom_op("cphandler::gather_seq_scatter_heads", mutates_args=())
+@operator("gather_seq_scatter_heads")
 def _to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
@@ -176,7 +177,7 @@ def _to_heads(
     return [(x if identity else x.index_select(0, places)).transpose(0, 1) for x in result]
 
 
-@torch.library.custom_op("cphandler::gather_heads_scatter_seq", mutates_args=())
+@operator("gather_heads_scatter_seq")
 def _to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
@@ -227,7 +228,7 @@ def _assembled(x: Tensor, parts: list[Tensor], heads: list[tuple[int, int]]) -> 
     return total.to(x.dtype)
 
 
-@_to_heads.register_fake
+@fake(_to_heads)
 def _fake_to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
@@ -236,7 +237,7 @@ def _fake_to_heads(
     return [x.new_empty(shape).transpose(0, 1) for x, shape in zip(tensors, shapes, strict=True)]
 
 
-@_to_tokens.register_fake
+@fake(_to_tokens)
 def _fake_to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
 ) -> list[Tensor]:
@@ -252,7 +253,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _to_heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (
-        _to_tokens(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
+        _gathered(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
         None,
         None,
         None,
@@ -263,7 +264,7 @@ def _to_heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 def _to_tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (
-        _to_heads(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
+        _scattered(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
         None,
         None,
         None,
@@ -272,17 +273,17 @@ def _to_tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     )
 
 
-_to_heads.register_autograd(_to_heads_backward, setup_context=_save)
-_to_tokens.register_autograd(_to_tokens_backward, setup_context=_save)
+_scattered = differentiable(_to_heads, _to_heads_backward, _save, takes_list=True)
+_gathered = differentiable(_to_tokens, _to_tokens_backward, _save, takes_list=True)
 
 
-@torch.library.custom_op("cphandler::slice_heads", mutates_args=())
+@operator("slice_heads")
 def _slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
     return [x[:, :, slice(*h[rank])].clone() for x, h in zip(tensors, heads, strict=True)]
 
 
-@torch.library.custom_op("cphandler::unslice_heads", mutates_args=())
+@operator("unslice_heads")
 def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
     """Every rank's heads side by side; what several hold is added in rank order."""
     if len({x.dtype for x in tensors}) > 1:
@@ -300,7 +301,7 @@ def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[
     return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]
 
 
-@_slice.register_fake
+@fake(_slice)
 def _fake_slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name: str) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
     return [
@@ -308,7 +309,7 @@ def _fake_slice(tensors: list[Tensor], ranges: list[int], rank: int, group_name:
     ]
 
 
-@_unslice.register_fake
+@fake(_unslice)
 def _fake_unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
     return [x.new_empty((*x.shape[:2], h[-1][1], x.shape[-1])) for x, h in zip(tensors, heads, strict=True)]
@@ -323,13 +324,13 @@ def _save_unslice(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 
 def _slice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    return _unslice(list(grads), ctx.ranges, ctx.group_name), None, None, None
+    return _unsliced(list(grads), ctx.ranges, ctx.group_name), None, None, None
 
 
 def _unslice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     rank = collectives.members(ctx.group_name).rank
-    return _slice(list(grads), ctx.ranges, rank, ctx.group_name), None, None
+    return _sliced(list(grads), ctx.ranges, rank, ctx.group_name), None, None
 
 
-_slice.register_autograd(_slice_backward, setup_context=_save_slice)
-_unslice.register_autograd(_unslice_backward, setup_context=_save_unslice)
+_sliced = differentiable(_slice, _slice_backward, _save_slice, takes_list=True)
+_unsliced = differentiable(_unslice, _unslice_backward, _save_unslice, takes_list=True)

@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from cphandler.attention import attention, loop
+from cphandler.attention import attention
 from cphandler.comm import collectives
 from cphandler.handler import layout_handler
+from cphandler.operators import functions
 from tests.doubles import flash, packages
 
-OPENED = {
-    "cphandler::attention_forward": loop.attention_forward,
-    "cphandler::attention_backward": loop.attention_backward,
-}
+OPENED = {f"cphandler::{name}": functions[name] for name in ("attention_forward", "attention_backward")}
 """Operators whose insides are recorded."""
 
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item", "masked_select")
@@ -48,7 +46,7 @@ class Graph(TorchDispatchMode):
         name = func._schema.name
         if name in OPENED:
             with self:
-                return OPENED[name]._init_fn(*args, **kwargs)
+                return OPENED[name](*args, **kwargs)
         short = name.partition("::")[2]
         assert short not in WAITS, f"{name} in a capture"
         result = func(*args, **kwargs)
