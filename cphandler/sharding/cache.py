@@ -129,7 +129,8 @@ def clear_plan_cache() -> None:
     """Forget the batches that this process has met: their layouts, plans and index tables, those on devices too.
 
     The batches used last are kept so that a handler for one that comes again is made at once: 64 at most, 256 MiB in
-    all. Memory of those that no handler uses is free after this.
+    all. Memory of those that no handler uses is free after this; a handler that is gone lets go of its batch when
+    Python next collects cycles (``gc.collect``).
     """
     cache.clear()
 
