@@ -154,3 +154,22 @@ def test_a_buffer_takes_tables_of_its_shapes() -> None:
             buffer.write(wrong)
     buffer.write([np.arange(3) + 5, np.arange(2) + 9])
     assert [view.tolist() for view in buffer.views] == [[5, 6, 7], [9, 10]]
+
+
+def test_where_the_table_of_the_log_sum_exp_has_each_row_is_found_once() -> None:
+    """Every layer asks, forward and backward: the efficient kernel's table has a row for each sequence."""
+    with kernels_on_cpu():
+        clear_plan_cache()
+        config = CPConfig(kernel="double_torch_efficient")
+        searches = []
+        for lengths in ([5, 11], [9, 7]):
+            handler = get_cp_handler_cls("local")(
+                qkv_format="thd", cu_seqlens_q=[0, *np.cumsum(lengths)], mask=Causal(), config=config
+            )
+            for _ in range(2):
+                q, k, v = (torch.randn(16, 2, 16, requires_grad=True) for _ in range(3))
+                with profile(activities=[ProfilerActivity.CPU]) as seen:
+                    out = handler.core_attn(None, q, k, v)
+                    torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+                searches.append([event.name for event in seen.events()].count("aten::searchsorted"))
+        assert searches == [1, 0, 1, 0]

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.kernels.fused import OPTIONS, follows_torch
 from cphandler.kernels.launches import Offsets
@@ -98,12 +99,19 @@ def _summed(grad: Tensor, groups: int) -> Tensor:
     return grad if shared.shape[3] == 1 else shared.sum(3, dtype=torch.float32)
 
 
+_known_cells: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""What :func:`_cells` gave for offsets that a plan keeps, every layer of which asks again; gone with them."""
+
+
 def _cells(offsets: Offsets, rows: int) -> tuple[Tensor, Tensor]:
     """Of each packed row the sequence and the place in it, on the device."""
-    places = torch.arange(rows, device=offsets.queries.device)
-    starts = offsets.queries.long()
-    sequence = torch.searchsorted(starts[1:], places, right=True)
-    return sequence, places - starts[sequence]
+    known: tuple[Tensor, Tensor] | None = _known_cells.get(offsets.queries)
+    if known is None:
+        places = torch.arange(rows, device=offsets.queries.device)
+        starts = offsets.queries.long()
+        sequence = torch.searchsorted(starts[1:], places, right=True)
+        known = _known_cells[offsets.queries] = sequence, places - starts[sequence]
+    return known
 
 
 def _table_of(lse: Tensor, offsets: Offsets | None) -> Tensor:
