@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.packs import CORPORA, RANKS, TOKENS, Bounds, Floor, bounds, drawn, mean_floor, packs
 from cphandler import BatchPlan, Layout, PlanStats, clear_plan_cache, get_cp_handler_cls, plan_batch
+from cphandler.comm.groups import Place
 from cphandler.layouts.layout import make_layout
 from cphandler.plan.plan import Plan
 
@@ -224,21 +225,6 @@ def lognormal(count: int) -> list[int]:
     return [max(1, round(length)) for length in lengths.tolist()]
 
 
-class Seat(NamedTuple):
-    """A rank of a group that nothing is sent in."""
-
-    ranks: int
-    number: int
-
-    def size(self) -> int:
-        """Ranks of the group."""
-        return self.ranks
-
-    def rank(self) -> int:
-        """This one."""
-        return self.number
-
-
 def milliseconds(work: Callable[[], object], *, before: Callable[[], None] | None = None) -> tuple[float, float]:
     """Median and least CPU time of some work."""
     spent = []
@@ -259,7 +245,7 @@ def handlers() -> Iterator[tuple[str, float | None, tuple[float, float]]]:
     def packed(offsets: list[int], ranks: int, layout: object) -> Callable[[], object]:
         array = np.array(offsets)
         return lambda: make(
-            cp_group=Seat(ranks, ranks // 2), qkv_format="thd", cu_seqlens_q=array, layout=layout
+            cp_group=Place(ranks, ranks // 2), qkv_format="thd", cu_seqlens_q=array, layout=layout
         ).plan()
 
     for layout, first in (("zigzag", 8.0), ("balanced", 20.0)):
@@ -273,7 +259,7 @@ def handlers() -> Iterator[tuple[str, float | None, tuple[float, float]]]:
     every = plan_batch(many, 8, layout="balanced", ranks="all")
     written = milliseconds(lambda: pickle.dumps(every))
     yield f"one with all ranks' plans, {len(pickle.dumps(every)) / 2**20:.2f} MiB, written", None, written
-    dense = lambda: make(cp_group=Seat(8, 4), max_seqlen_q=1 << 16).plan()  # noqa: E731
+    dense = lambda: make(cp_group=Place(8, 4), max_seqlen_q=1 << 16).plan()  # noqa: E731
     yield "a dense batch, 8 ranks, again", 0.2, milliseconds(dense)
     yield (
         "600 documents, 64 ranks, zigzag, first",

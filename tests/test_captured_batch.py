@@ -29,6 +29,7 @@ from cphandler import (
     UnsupportedError,
     get_cp_handler_cls,
 )
+from cphandler.comm.groups import Place
 from cphandler.kernels.buffer import Buffer
 from cphandler.testing import RankPool, assert_close, partition_group
 from cphandler.testing.reference import dense_gradients, visible_pairs
@@ -417,19 +418,6 @@ def test_what_is_for_outside_of_a_capture(ranks: RankPool) -> None:
     ranks.run(outside_alone)
 
 
-class Seat(NamedTuple):
-    """A place in a group that is not there."""
-
-    ranks: int
-    number: int
-
-    def size(self) -> int:
-        return self.ranks
-
-    def rank(self) -> int:
-        return self.number
-
-
 def drawn(chosen: random.Random, tokens: int, most: int) -> Pack:
     """Documents of any length, empty ones among them."""
     cuts = sorted(chosen.choices(range(tokens + 1), k=chosen.randrange(most)))
@@ -445,7 +433,7 @@ def test_gathered_tables_have_room_for_every_packing(layout: str, mask: Mask) ->
     for size in (2, 3, 4, 8):
         tokens, most = chosen.randint(1, 90), chosen.randint(1, 12)
         for rank in {0, size // 2, size - 1}:
-            given: dict[str, Any] = {"group": Seat(size, rank), "config": CPConfig()}
+            given: dict[str, Any] = {"group": Place(size, rank), "config": CPConfig()}
             setting = Setting("all_gather", size, layout, mask)
             one = setting.handler(Pack((tokens,)), **given)
             batch = CapturedBatch(one, max_documents=most, device="cpu")

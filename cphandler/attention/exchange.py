@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cphandler.comm import collectives
 from cphandler.errors import InvalidValueError
-from cphandler.kernels.sums import ALL, RowSum
+from cphandler.kernels.sums import ALL, FEW_RUNS, RowSum
 from cphandler.kernels.tables import DeviceTables
 from cphandler.plan.plan import FROM, Needs, Plan
 from cphandler.registry import Registry, normal
@@ -356,11 +356,8 @@ class _Returns:
             self._arriving = None
 
 
-_FEW_RUNS = 16
-"""Up to so many runs are copied one by one; more are taken by an index.
-
-In ``benchmarks/blocks.py`` an index is ahead from between 32 and 64 runs on a Xeon core; fewer here, since each run is
-a launch on a GPU, where nothing was timed."""
+_FEW_RUNS = FEW_RUNS
+"""Under a name of its own, which ``benchmarks/blocks.py`` changes."""
 
 
 def _packed_runs(route: Route, rows: Rows, runs: Table) -> Rows:

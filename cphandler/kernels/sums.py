@@ -21,7 +21,10 @@ ALL = slice(None)
 """Every row."""
 
 FEW_RUNS = 16
-"""Up to so many runs of rows are written one by one."""
+"""Up to so many runs of rows are copied or written one by one; more are taken by an index.
+
+In ``benchmarks/blocks.py`` an index is ahead from between 32 and 64 runs on a Xeon core; fewer here, since each run is
+a launch on a GPU, where nothing was timed."""
 
 
 class Spaced(NamedTuple):
