@@ -32,7 +32,7 @@ from benchmarks import pictures, records
 from benchmarks.allocator import ALLOCATOR
 from benchmarks.peers import PEERS
 from benchmarks.runs import Run, run_contest
-from benchmarks.tables import contest_table, interval_table, table_of
+from benchmarks.tables import contest_table, interval_table, outside_table, table_of
 from benchmarks.theory import theoretical_bytes
 from benchmarks.works import Absent, Contest, Work, pack_lengths, peers_of, works_of
 from cphandler.testing import RankPool
@@ -86,6 +86,7 @@ def summary(run: Run, console: Console, *, thorough: bool) -> None:
                 console.print(f"  {absent.name} is absent: {absent.reason}", style="dim", highlight=False)
         console.print("the library's backends to each peer: median of repeats, 95% interval", highlight=False)
         console.print(interval_table(run, ranks))
+        console.print(outside_table(run, ranks))
 
 
 def legend(*, thorough: bool) -> Iterator[str]:
@@ -95,9 +96,11 @@ def legend(*, thorough: bool) -> Iterator[str]:
         yield "sent: by all ranks, forward and backward. theory: bytes counted from who sees whom."
         return
     yield "error: relative L2 against a dense float64 reference, the worst gradient. CPU: seconds of forward and"
-    yield "backward, summed over ranks. slow: of the slowest rank times the ranks. wall: until the last rank is done."
-    yield "sent: bytes that all ranks wrote to their sockets. peak: high-water mark of a rank's memory in a pass, above"
-    yield "inputs, outputs and gradients. floor: the same kernel calls alone, and the same bytes at gloo's price."
+    yield "backward, summed over ranks; kernel, rest, gloo: of these in the attention kernel's calls, in the rest of"
+    yield "the threads that make them, in gloo's threads. slow: of the slowest rank times the ranks. wall: until the"
+    yield "last rank is done. sent: bytes that all ranks wrote to their sockets. peak: high-water mark of a rank's"
+    yield "memory in a pass, above inputs, outputs and gradients. floor: the same kernel calls alone, and the same"
+    yield "bytes at gloo's price."
 
 
 def main(  # noqa: PLR0913 - an option each

@@ -74,9 +74,8 @@ def _panel(axis: Any, run: Run, ranks: int) -> None:
         axis.plot(middle, place, "o", color=colour, markersize=6.5, markerfacecolor="white" if wrong else colour)
         floor = run.floor(work)
         if floor is not None:
-            axis.plot(
-                statistics.median(ratios(floor, plain)), place, "|", color=FLOOR, markersize=12, markeredgewidth=2
-            )
+            middle = statistics.median(ratios(floor.cpu(), plain))
+            axis.plot(middle, place, "|", color=FLOOR, markersize=12, markeredgewidth=2)
         labels.append(f"{work.name} (wrong)" if wrong else work.name)
     axis.set_yticks(range(len(works)), labels, fontsize=9)
     for label, work in zip(axis.get_yticklabels(), works, strict=True):

@@ -18,7 +18,7 @@ import torch
 from benchmarks.intervals import paired_ratio
 from benchmarks.peers import peer_cls
 from benchmarks.runs import Result, Run
-from benchmarks.tables import against, least_ratio, ratios, rivals
+from benchmarks.tables import against, least_ratio, outside_against, ratios, rivals
 from benchmarks.works import Work
 
 
@@ -82,7 +82,13 @@ def _contest(run: Run) -> dict[str, Any]:
         "absent": [asdict(absent) for absent in run.absent],
         "cpu_seconds_per_gigabyte": {str(n): [1e9 * price for price in run.price(n)] for n in counts if run.prices},
         "against_peers": [
-            {"ranks": n, "competitor": work.name, "peer": peer.name, **against(run, work, peer)._asdict()}
+            {
+                "ranks": n,
+                "competitor": work.name,
+                "peer": peer.name,
+                **against(run, work, peer)._asdict(),
+                "outside_the_kernel": outside_against(run, work, peer)._asdict(),
+            }
             for n in counts
             for work in rivals(run, n)[0]
             for peer in rivals(run, n)[1]
@@ -107,7 +113,10 @@ def _competitor(run: Run, work: Work, result: Result) -> dict[str, Any]:
         "sent_bytes": result.wire() if work.ranks > 1 else 0,
         "counted_bytes": result.sent()[1] if work.is_ours else None,
         "peak_bytes": result.peak,
-        "floor_cpu_seconds": floor,
-        "floor_ratio": None if floor is None else statistics.median(ratios(floor, plain)),
+        "kernel_cpu_seconds": result.kernel(),
+        "rest_cpu_seconds": result.rest(),
+        "gloo_cpu_seconds": result.gloo(),
+        "floor_cpu_seconds": None if floor is None else floor.cpu(),
+        "floor_ratio": None if floor is None else statistics.median(ratios(floor.cpu(), plain)),
         "samples": [[asdict(sample) for sample in ranks] for ranks in result.samples],
     }

@@ -62,8 +62,24 @@ class Result:
         """CPU seconds of forward and backward in each repeat, summed over ranks."""
         return [sum(sample.both for sample in ranks) for ranks in self.samples]
 
+    def kernel(self) -> list[float]:
+        """Of these, in the attention kernel's calls."""
+        return [sum(sample.kernel for sample in ranks) for ranks in self.samples]
+
+    def rest(self) -> list[float]:
+        """Of these, in the threads that compute, outside of the kernel's calls."""
+        return [sum(sample.own - sample.kernel for sample in ranks) for ranks in self.samples]
+
+    def gloo(self) -> list[float]:
+        """Of these, in other threads."""
+        return [sum(sample.both - sample.own for sample in ranks) for ranks in self.samples]
+
+    def outside(self) -> list[float]:
+        """Of these, outside of the attention kernel's calls: what context parallelism adds."""
+        return [sum(sample.both - sample.kernel for sample in ranks) for ranks in self.samples]
+
     def slowest(self) -> list[float]:
-        """The same if every rank took as long as the slowest."""
+        """CPU seconds if every rank took as long as the slowest."""
         return [len(ranks) * max(sample.both for sample in ranks) for ranks in self.samples]
 
     def wall(self) -> list[float]:
@@ -79,6 +95,22 @@ class Result:
         """Bytes all ranks gave to their sockets in the last repeat."""
         written = [sample.wire_bytes for sample in self.samples[-1]]
         return None if None in written else sum(number for number in written if number is not None)
+
+
+class Floor(NamedTuple):
+    """What kernel calls and bytes cost alone.
+
+    Attributes:
+        kernel: CPU seconds of the kernel's calls in each repeat, summed over ranks.
+        gloo: of the bytes.
+    """
+
+    kernel: list[float]
+    gloo: list[float]
+
+    def cpu(self) -> list[float]:
+        """Both."""
+        return [k + g for k, g in zip(self.kernel, self.gloo, strict=True)]
 
 
 @dataclass
@@ -116,13 +148,13 @@ class Run:
         ]
         return min(ways, key=lambda seconds: sorted(seconds)[len(seconds) // 2])
 
-    def floor(self, work: Work) -> list[float] | None:
-        """CPU seconds of a backend's kernel calls and bytes alone, in each repeat; None where it has none."""
+    def floor(self, work: Work) -> Floor | None:
+        """What a backend's kernel calls and bytes cost alone; None where it has none."""
         result = self.results[work]
         if work.ranks == 1 or not result.calls or not any(result.calls):
             return None
-        kernels = [sum(ranks) for ranks in self.kernels[result.calls]]
-        return [k + result.sent()[1] * p for k, p in zip(kernels, self.price(work.ranks), strict=True)]
+        kernel = [sum(ranks) for ranks in self.kernels[result.calls]]
+        return Floor(kernel, [result.sent()[1] * price for price in self.price(work.ranks)])
 
 
 def turns(competitors: Sequence[T], repeat: int) -> list[T]:

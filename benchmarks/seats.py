@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.kernel_clock import kernel_clock
 from benchmarks.peers import Peer, peer_cls
 from benchmarks.works import Work
 from cphandler import get_cp_handler_cls, record_traffic
@@ -27,6 +28,8 @@ class Sample:
     Attributes:
         forward: CPU seconds of the forward pass, all threads.
         both: CPU seconds of forward and backward.
+        kernel: CPU seconds of the attention kernel's calls, forward and backward.
+        own: CPU seconds of the thread that computes, the kernel's included; what is left are gloo's threads.
         wall: seconds from the start to the end of both.
         wire_bytes: bytes that the process wrote to its sockets; None where the system does not say.
         forward_bytes: bytes sent forward, as the library counts its own; 0 for others.
@@ -35,6 +38,8 @@ class Sample:
 
     forward: float
     both: float
+    kernel: float
+    own: float
     wall: float
     wire_bytes: int | None
     forward_bytes: int
@@ -168,15 +173,17 @@ def fresh(work: Work) -> Seat:
 def measure(work: Work) -> Sample:
     """One forward and backward pass on this rank."""
     seat = fresh(work)
-    written = written_bytes()
+    written, clock = written_bytes(), kernel_clock()
     with record_traffic() as traffic:
+        in_kernels, own = clock.seconds, time.thread_time()
         started_wall, started = time.perf_counter(), time.process_time()
         out = seat.attend(*seat.inputs)
         forward, forward_bytes = time.process_time() - started, traffic.sent_bytes
         out.backward(seat.grad_out)
         both, wall = time.process_time() - started, time.perf_counter() - started_wall
+        in_kernels, own = clock.seconds - in_kernels, time.thread_time() - own
     wire = None if written is None else (written_bytes() or 0) - written
-    return Sample(forward, both, wall, wire, forward_bytes, traffic.sent_bytes)
+    return Sample(forward, both, in_kernels, own, wall, wire, forward_bytes, traffic.sent_bytes)
 
 
 def part(work: Work) -> Part:

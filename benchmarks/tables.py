@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.intervals import Interval, paired_ratio
-from benchmarks.runs import Result, Run
+from benchmarks.runs import Floor, Result, Run
 from benchmarks.theory import theoretical_bytes
 from benchmarks.works import Work
 
@@ -29,9 +29,11 @@ CONTEST_COLUMNS = (
     "competitor",
     "error\nof out",
     "error\nof grads",
-    "CPU x\nleast",
-    "CPU x\nmedian",
-    "slow x\nmedian",
+    "CPU\nx",
+    "kernel\nms",
+    "rest\nms",
+    "gloo\nms",
+    "slow\nx",
     "wall\ns",
     "sent\nMiB",
     "peak\nMiB",
@@ -110,8 +112,8 @@ def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> t
     return (
         name,
         *marked,
-        f"{least_ratio(result.cpu(), run.plain.cpu()):.3f}",
         f"{statistics.median(compared):.3f}",
+        *(_milliseconds(seconds) for seconds in (result.kernel(), result.rest(), result.gloo())),
         f"{statistics.median(slowest):.3f}",
         f"{statistics.median(result.wall()):.3f}",
         "-" if wire is None or work.ranks == 1 else f"{wire / MIB:.1f}",
@@ -119,10 +121,14 @@ def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> t
     )
 
 
-def _floor(run: Run, work: Work, floor: Sequence[float]) -> tuple[str, ...]:
-    plain = run.plain.cpu()
-    numbers = f"{least_ratio(floor, plain):.3f}", f"{statistics.median(ratios(floor, plain)):.3f}", "", ""
-    return "  its floor", "", "", *numbers, f"{run.results[work].sent()[1] / MIB:.1f}", ""
+def _milliseconds(seconds: Sequence[float]) -> str:
+    return f"{1e3 * statistics.median(seconds):,.0f}"
+
+
+def _floor(run: Run, work: Work, floor: Floor) -> tuple[str, ...]:
+    compared = f"{statistics.median(ratios(floor.cpu(), run.plain.cpu())):.3f}"
+    parts = _milliseconds(floor.kernel), "", _milliseconds(floor.gloo)
+    return "  its floor", "", "", compared, *parts, "", "", f"{run.results[work].sent()[1] / MIB:.1f}", ""
 
 
 def rivals(run: Run, ranks: int) -> tuple[list[Work], list[Work]]:
@@ -136,6 +142,11 @@ def against(run: Run, work: Work, other: Work) -> Interval:
     return paired_ratio(run.results[work].cpu(), run.results[other].cpu())
 
 
+def outside_against(run: Run, work: Work, other: Work) -> Interval:
+    """The same of what is outside of the kernel's calls."""
+    return paired_ratio(run.results[work].outside(), run.results[other].outside())
+
+
 def interval_table(run: Run, ranks: int) -> Table:
     """The library's backends against each peer, and against their own floors."""
     ours, peers = rivals(run, ranks)
@@ -144,10 +155,19 @@ def interval_table(run: Run, ranks: int) -> Table:
         table.add_row(peer.backend, *(_cell(against(run, work, peer)) for work in ours))
     own = [run.floor(work) for work in ours]
     floors = [
-        "-" if floor is None else _cell(paired_ratio(run.results[work].cpu(), floor))
+        "-" if floor is None else _cell(paired_ratio(run.results[work].cpu(), floor.cpu()))
         for work, floor in zip(ours, own, strict=True)
     ]
     table.add_row("its own floor", *floors, style="dim")
+    return table
+
+
+def outside_table(run: Run, ranks: int) -> Table:
+    """The library's backends against each peer, outside of the kernel that all share."""
+    ours, peers = rivals(run, ranks)
+    table = _table(("outside the kernel", *(work.name for work in ours)))
+    for peer in peers:
+        table.add_row(peer.backend, *(_cell(outside_against(run, work, peer)) for work in ours))
     return table
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks import floors, seats
 from benchmarks.intervals import paired_ratio
+from benchmarks.kernel_clock import kernel_clock
 from benchmarks.peers import PEERS, Peer, Shape, flash_attn_stand_in, peer_cls
 from benchmarks.reference import expected
 from benchmarks.runs import Errors, errors_of, run_contest, turns, whole
@@ -172,11 +173,15 @@ def test_what_a_run_says(recorded: tuple[str, dict[str, Any], Path]) -> None:
         entry = found[name]
         assert entry["counted_bytes"] <= entry["sent_bytes"] < 1.2 * entry["counted_bytes"] + 4096
         assert len(entry["floor_cpu_seconds"]) == 3
+        parts = zip(*(entry[f"{part}_cpu_seconds"] for part in ("kernel", "rest", "gloo")), strict=True)
+        assert [sum(repeat) for repeat in parts] == pytest.approx(entry["cpu_seconds"])
         assert entry["peak_bytes"] is None or entry["peak_bytes"] > -(2**20)
     met = {(entry["competitor"], entry["peer"]) for entry in contest["against_peers"]}
     peers = {name for name, entry in found.items() if entry["kind"] == "peer"}
     assert met == {(name, peer) for name in ("p2p", "ulysses") for peer in peers}
-    assert all(entry["low"] <= entry["median"] <= entry["high"] for entry in contest["against_peers"])
+    for entry in contest["against_peers"]:
+        for interval in (entry, entry["outside_the_kernel"]):
+            assert interval["low"] <= interval["median"] <= interval["high"]
     assert record["versions"]["torch"] == torch.__version__
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -325,6 +330,25 @@ def test_the_floor_makes_the_calls_of_a_pass(ranks: RankPool) -> None:
         assert price.traded_bytes == price.direct_bytes * 3 // 4
     ranks.run(seats.forget)
     ranks.run(floors.forget)
+
+
+def clocked(backend: str) -> tuple[int, list[seats.Sample]]:
+    """Calls of the kernel in two passes, and what each took."""
+    work = Work(backend, 1, (300, 4), 4, 2, 16, "float32", None)
+    seats.measure(work)
+    before = kernel_clock().calls
+    samples = [seats.measure(work) for _ in range(2)]
+    return kernel_clock().calls - before, samples
+
+
+def test_what_the_kernel_takes() -> None:
+    """Calls from C++, which ``scaled_dot_product_attention`` makes, and from Python; autograd's calls too."""
+    with RankPool(1, timeout=60) as alone:  # in a process of its own, whose operators may be replaced
+        (ours,) = alone.run(calls_of, Work("local", 1, (300, 4), 4, 2, 16, "float32", None))
+        for backend, calls in (("plain", 4), ("local", len(ours))):
+            ((counted, samples),) = alone.run(clocked, backend)
+            assert counted == 2 * calls
+            assert all(0 < sample.kernel < sample.own <= 1.01 * sample.both for sample in samples)
 
 
 def test_the_stand_in_is_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
