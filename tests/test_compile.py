@@ -135,7 +135,7 @@ def shapes_without_data(heads: tuple[int, int]) -> None:
     for layout, tokens in (("contiguous", 16), ("zigzag", 14)):  # rows in place, and rows that are put in order
         handler = make_handler(Case("ulysses", 4, layout=layout, batch=Batch((5, tokens - 5))), group)
         order = handler.shard().order(torch.device("cpu"))  # type: ignore[attr-defined]
-        indices = order.places, order.tokens, order.identity
+        indices = order.places, order.tokens, order.runs
         name, rank = group.group_name, handler.cp_rank
         mine = [split.queries[rank], split.keys[rank]]
         local = [torch.randn(2, handler.num_local_tokens, n, d) for n, d in zip(heads, (8, 5), strict=True)]

@@ -381,7 +381,8 @@ def resharded() -> None:
     assert group is not None
     rank, name = dist.get_rank(group), str(group.group_name)
     split, places = HeadSplit.of(4, 4, 4), torch.arange(4)
-    order = SequenceOrder(places, places, identity=True)
+    order = SequenceOrder.over(places.numpy(), places.numpy(), 4, torch.device("cpu"))
+    assert order.identity
     x = (torch.arange(4.0, dtype=torch.float64) + 10 * rank).as_strided((1, 1, 4, 1), (9, 7, 1, 3)).requires_grad_()
     (mine,) = gather_seq_scatter_heads([x], [split.queries], order, name)
     check(mine, torch.tensor([10.0 * r + rank for r in range(4)], dtype=torch.float64).view(1, 4, 1, 1), "to heads")

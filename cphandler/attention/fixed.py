@@ -131,7 +131,8 @@ class FixedAttention:
         places = next(tensors) if self._gathers else None
         heads = self._heads
         if heads is not None:
-            order = SequenceOrder(next(tensors), next(tensors), self._in_place)
+            runs = heads.queries.runs if self._in_place else torch.empty((0, 3), dtype=torch.int64)
+            order = SequenceOrder(next(tensors), next(tensors), runs, self._in_place)
             heads = replace(heads, queries=order, keys=order, pads=next(tensors))
         size, rank = (self._ranks.size, self._ranks.rank) if self._gathers else (1, 0)
         for mask, room in self._rooms.items():

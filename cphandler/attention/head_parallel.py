@@ -23,7 +23,6 @@ from cphandler.sharding.heads import (
 )
 from cphandler.sharding.order import SequenceOrder
 from cphandler.sharding.shard import Shard, ShardPair
-from cphandler.tensors import device_copy
 from cphandler.tokens.intervals import Table
 from cphandler.tracing import untraced
 
@@ -154,15 +153,14 @@ class InnerUnions:
 
         def order() -> SequenceOrder:
             held = np.concatenate([shard.layout.positions(rank) for rank in range(first, first + size)])
-            return _ascending(held, device)
+            return _ascending(held, size, device)
 
         return shard.memo.on(("union", first, size), device, order)
 
 
-def _ascending(tokens: Table, device: torch.device) -> SequenceOrder:
+def _ascending(tokens: Table, ranks: int, device: torch.device) -> SequenceOrder:
     """Rows of several ranks in ascending order of tokens, pad rows last and kept, so that all unions are level."""
     places = np.argsort(np.where(tokens < 0, np.iinfo(np.int64).max, tokens), kind="stable")
     inverse = np.empty_like(places)
     inverse[places] = np.arange(len(places))
-    in_place = bool((np.diff(places) == 1).all())
-    return SequenceOrder(device_copy(places, device), device_copy(inverse, device), in_place)
+    return SequenceOrder.over(places, inverse, ranks, device)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -69,15 +69,23 @@ def members(group_name: str) -> Members:
     Raises:
         InvalidValueError: the group was destroyed or never made in this process.
     """
-    name, *additions = group_name.split("#")
+    name, some, limit = _read(group_name)
     group = process_group(name)
-    limit, peers = None, range(dist.get_world_size(group))
+    peers = range(group.size()) if some is None else some
+    return Members(group, len(peers), peers.index(group.rank()), peers, limit)
+
+
+@lru_cache(maxsize=1024)
+def _read(group_name: str) -> tuple[str, range | None, float | None]:
+    """The group's own name, the ranks of it that are meant where not all are, and the limit of a wait."""
+    name, *additions = group_name.split("#")
+    limit, peers = None, None
     for addition in additions:
         if addition.endswith("s"):
             limit = float(addition[:-1])
         else:
             peers = range(*map(int, addition.split(":")))
-    return Members(group, len(peers), peers.index(dist.get_rank(group)), peers, limit)
+    return name, peers, limit
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -102,9 +110,16 @@ def process_group(group_name: str) -> dist.ProcessGroup:
         ) from error
 
 
-def transports(group: dist.ProcessGroup) -> dict[str, str]:
+_transports: WeakKeyDictionary[dist.ProcessGroup, dict[str, str]] = WeakKeyDictionary()
+
+
+def transports(group: dist.ProcessGroup) -> Mapping[str, str]:
     """Which transport serves each device type in this group, such as ``{"cpu": "gloo", "cuda": "nccl"}``."""
-    return dict(part.split(":", 1) for part in dist.get_backend_config(group).split(","))
+    found = _transports.get(group)
+    if found is None:
+        config = dist.get_backend_config(group)
+        found = _transports[group] = dict(part.split(":", 1) for part in config.split(","))
+    return found
 
 
 def _on_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
@@ -112,9 +127,9 @@ def _on_gloo(device: torch.device, group: dist.ProcessGroup) -> bool:
     return transports(group).get(device.type) == "gloo"
 
 
-def _staging(x: Tensor, group: dist.ProcessGroup) -> Staging | None:
+def _staging(device: torch.device, group: dist.ProcessGroup) -> Staging | None:
     """Where messages must pass through the host although they are not on it."""
-    return Staging() if x.device.type != "cpu" and _on_gloo(x.device, group) else None
+    return Staging() if device.type != "cpu" and _on_gloo(device, group) else None
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
@@ -281,8 +296,7 @@ def _end(at: Members) -> list[int]:
     return closed
 
 
-@contextmanager
-def ended_on_error(among: Members | str) -> Iterator[None]:
+class ended_on_error:  # noqa: N801 (used as contextlib's are, which take three times as long)
     """Where the block raises, end the connections of a gloo group: this rank cannot do its part any more.
 
     The other ranks' waits then raise at once, and name this rank. On NCCL transfers go on until the group's own limit.
@@ -290,13 +304,20 @@ def ended_on_error(among: Members | str) -> Iterator[None]:
     Args:
         among: members, or their name.
     """
-    try:
-        yield
-    except BaseException:
-        at = members(among) if isinstance(among, str) else among
-        if "gloo" in transports(at.group).values():
-            _end(at)
-        raise
+
+    __slots__ = ("_among",)
+
+    def __init__(self, among: Members | str) -> None:
+        self._among = among
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None:
+            at = members(self._among) if isinstance(self._among, str) else self._among
+            if "gloo" in transports(at.group).values():
+                _end(at)
 
 
 def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group_name: str) -> Transfer:
@@ -314,45 +335,62 @@ def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, i
         InvalidValueError: a tensor to receive into that is not contiguous.
         RankLostError: on gloo, the connection to a peer is closed.
     """
-    plain = [(tensor.resolve_conj().resolve_neg().contiguous(), peer) for tensor, peer in sends if tensor.numel()]
-    outgoing = [(_bytes(tensor), peer) for tensor, peer in plain]
-    incoming = [(_bytes(tensor), peer) for tensor, peer in receives if tensor.numel()]
-    record_sent("send", sum(part.nbytes for part, _ in outgoing), len(outgoing))
+    outgoing = [(x.resolve_conj().resolve_neg().contiguous(), peer) for x, peer in sends if x.numel()]
+    incoming = [(_one_run(x), peer) for x, peer in receives if x.numel()]
+    record_sent("send", sum(x.nbytes for x, _ in outgoing), len(outgoing))
     return _posted(outgoing, incoming, members(group_name)) if outgoing or incoming else Transfer()
 
 
 def _posted(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], at: Members) -> Transfer:
-    """Start to move bytes."""
-    tensors, peers = zip(*sends, *receives, strict=True)
-    operations = [dist.isend] * len(sends) + [dist.irecv] * len(receives)
-    if not _on_gloo(tensors[0].device, at.group):
-        batch = [
-            dist.P2POp(operation, tensor, group=at.group, group_peer=at.peers[peer])
-            for operation, tensor, peer in zip(operations, tensors, peers, strict=True)
-        ]
-        return Transfer(dist.batch_isend_irecv(batch), tensors)
-    works: list[Any] = []
-    staging = _staging(tensors[0], at.group)
+    """Start to move contiguous tensors, byte by byte."""
+    device = (sends or receives)[0][0].device
+    if not _on_gloo(device, at.group):
+        return _posted_together(sends, receives, at)
+    staging = _staging(device, at.group)
     if staging is not None:
-        tensors = (*(staging.leaving(x) for x, _ in sends), *(staging.arriving(x) for x, _ in receives))
+        sends = [(staging.leaving(_bytes(x)), peer) for x, peer in sends]
+        receives = [(staging.arriving(_bytes(x)), peer) for x, peer in receives]
         staging.settle()
+    group, ranks = at.group, at.peers
+    works, peer = [], 0
     with ended_on_error(at):
-        for operation, tensor, peer in zip(operations, tensors, peers, strict=True):
-            to_or_from = {"group_dst" if operation is dist.isend else "group_src": at.peers[peer]}
-            try:
-                works.append(operation(tensor, group=at.group, **to_or_from))
-            except RuntimeError as error:
-                raise _lost(at, [peer], error) from error
+        try:  # the group's own methods: what `isend` and `irecv` do before them costs as much again
+            for x, peer in sends:
+                works.append(group.send([x], ranks[peer], 0))
+            for x, peer in receives:
+                works.append(group.recv([x], ranks[peer], 0))
+        except RuntimeError as error:
+            raise _lost(at, [peer], error) from error
+    tensors, peers = zip(*sends, *receives, strict=True)
     return Transfer(works, tensors, at, peers, staging)
 
 
+def _posted_together(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], at: Members
+) -> Transfer:
+    """One batch of a transport that moves what is on devices, and knows few dtypes."""
+    parts: list[tuple[Callable[..., Any], Tensor, int]] = [(dist.isend, _bytes(x), peer) for x, peer in sends]
+    parts += [(dist.irecv, _bytes(x), peer) for x, peer in receives]
+    batch = [dist.P2POp(move, x, group=at.group, group_peer=at.peers[peer]) for move, x, peer in parts]
+    return Transfer(dist.batch_isend_irecv(batch), [x for _, x, _ in parts])
+
+
 def _bytes(x: Tensor) -> Tensor:
-    """``[bytes]`` of a contiguous tensor, in its own memory: the one way in which anything here is sent or received.
+    """``[bytes]`` of a contiguous tensor, in its own memory.
 
     A dim of size 1 may have any stride in a tensor that torch calls contiguous; ``view`` and ``contiguous`` keep it.
 
     Raises:
-        InvalidValueError: not contiguous, so that its bytes are not one run of memory.
+        InvalidValueError: not contiguous.
+    """
+    return _one_run(x).as_strided((x.numel(),), (1,)).view(torch.uint8)
+
+
+def _one_run(x: Tensor) -> Tensor:
+    """The tensor, whose bytes are one run of memory.
+
+    Raises:
+        InvalidValueError: they are not.
     """
     if not x.is_contiguous():
         raise InvalidValueError(
@@ -360,7 +398,7 @@ def _bytes(x: Tensor) -> Tensor:
             got=f"shape {list(x.shape)} with strides {list(x.stride())}",
             fix="pass x.contiguous()",
         )
-    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
+    return x
 
 
 def _bytes_of_rows(x: Tensor) -> Tensor:
@@ -393,7 +431,7 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
     if not _on_gloo(x.device, at.group):
         dist.all_to_all_single(arriving, sent, receives, sends, group=at.group)
         return received
-    staging = _staging(x, at.group)
+    staging = _staging(x.device, at.group)
     if staging is not None:
         sent, arriving = staging.leaving(sent), staging.arriving(arriving)
         staging.settle()

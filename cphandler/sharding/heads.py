@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from cphandler.comm import collectives
 from cphandler.operators import differentiable, fake, operator
 from cphandler.precision import accumulator_dtype
 from cphandler.sharding.order import SequenceOrder
+
+Cuts: TypeAlias = "list[tuple[int, int]]"
+"""``(first row, rows)`` of each message."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,7 @@ def gather_seq_scatter_heads(
         ``[B, S, n_i, D_i]`` each, tokens in global order. The backward pass sends the gradients back and adds, in rank
         order, those of heads that several ranks wanted.
     """
-    result: list[Tensor] = _scattered(
-        list(tensors), _flat(ranges), order.places, order.tokens, order.identity, group_name
-    )
+    result: list[Tensor] = _scattered(list(tensors), _flat(ranges), order.places, order.tokens, order.runs, group_name)
     return result
 
 
@@ -96,7 +97,7 @@ def gather_heads_scatter_seq(
     the same messages in their backward passes.
     """
     result: list[Tensor] = _gathered(
-        list(tensors), _flat([ranges] * len(tensors)), order.places, order.tokens, order.identity, group_name
+        list(tensors), _flat([ranges] * len(tensors)), order.places, order.tokens, order.runs, group_name
     )
     return result
 
@@ -160,77 +161,146 @@ def _elements(shapes: Sequence[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
+class _Order(NamedTuple):
+    """Where rows leave and arrive, per rank the ``(first row, rows)`` of each message.
+
+    Attributes:
+        places: among the rank's own rows.
+        tokens: among the rows of all ranks.
+        in_place: the latter stand in global order; else in rank order.
+    """
+
+    places: list[Cuts]
+    tokens: list[Cuts]
+    in_place: bool
+
+    @classmethod
+    def of(cls, runs: Tensor, ranks: int, rows: int) -> _Order:
+        """By runs, where a :class:`SequenceOrder` has them."""
+        if not runs.shape[0]:
+            return cls([[(0, rows)]] * ranks, [[(rank * rows, rows)] for rank in range(ranks)], in_place=False)
+        order = cls([[] for _ in range(ranks)], [[] for _ in range(ranks)], in_place=True)
+        for place, token, length in runs.tolist():
+            rank, local = divmod(place, rows)
+            order.places[rank].append((local, length))
+            order.tokens[rank].append((token, length))
+        return order
+
+    def messages(self, x: Tensor) -> list[list[Tensor]]:
+        """Rows of all ranks ``[P * L, ...]`` as each rank's messages have them."""
+        if all(len(cuts) == 1 and cuts[0][0] == rank * cuts[0][1] for rank, cuts in enumerate(self.tokens)):
+            return [[part] for part in x.split_with_sizes([cuts[0][1] for cuts in self.tokens])]
+        return [[x.narrow(0, first, rows) for first, rows in cuts] for cuts in self.tokens]
+
+
+def _rows_of(x: Tensor, cuts: Cuts) -> list[Tensor]:
+    """``[rows, ...]`` of each cut of a rank's rows, which they cover."""
+    return [x] if len(cuts) == 1 else [x.narrow(0, first, rows) for first, rows in cuts]
+
+
+def _heads_of(x: Tensor, ranges: list[tuple[int, int]]) -> Sequence[Tensor]:
+    """``[rows, B, heads, D]`` of each range, from all heads."""
+    if _are_apart(ranges):
+        parts: Sequence[Tensor] = x.split_with_sizes([stop - first for first, stop in ranges], 2)
+        return parts
+    return [x.narrow(2, first, stop - first) for first, stop in ranges]
+
+
+def _are_apart(ranges: list[tuple[int, int]]) -> bool:
+    """Whether no two ranks have a head in common: then each range starts where the one before it stops."""
+    return all(after[0] >= before[1] for before, after in pairwise(ranges))
+
+
 @operator("gather_seq_scatter_heads")
 def _to_heads(
-    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
     size, rank, rows = len(heads[0]), collectives.members(group_name).rank, tensors[0].shape[1]
-    parts, arriving, result = [], [], []
+    order = _Order.of(runs, size, rows)
+    leaving, arriving, result = [], [], []
     for x, wanted in zip(tensors, heads, strict=True):
-        parts.append([x[:, :, slice(*h)].transpose(0, 1) for h in wanted])
-        result.append(x.new_empty((size * rows, *parts[-1][rank].shape[1:])))
-        arriving.append(list(result[-1].view(size, rows, *result[-1].shape[1:])))
-    _trade(parts, arriving, rank, group_name)
-    for own, place in zip(parts, arriving, strict=True):
-        place[rank].copy_(own[rank])
-    return [(x if identity else x.index_select(0, places)).transpose(0, 1) for x in result]
+        parts = _heads_of(x.transpose(0, 1), wanted)
+        gathered = x.new_empty((size * rows, *parts[rank].shape[1:]))
+        leaving.append([_rows_of(part, order.places[rank]) for part in parts])
+        arriving.append(order.messages(gathered))
+        result.append(gathered)
+    _trade(leaving, arriving, rank, group_name)
+    for sent, came in zip(leaving, arriving, strict=True):
+        for own, place in zip(sent[rank], came[rank], strict=True):
+            place.copy_(own)
+    return [(x if order.in_place else x.index_select(0, places)).transpose(0, 1) for x in result]
 
 
 @operator("gather_heads_scatter_seq")
 def _to_tokens(
-    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
     size, rank = len(heads[0]), collectives.members(group_name).rank
     rows = len(tokens) // size
-    parts, arriving = [], []
+    order = _Order.of(runs, size, rows)
+    mine = order.places[rank]
+    leaving, arriving = [], []
     for x, held in zip(tensors, heads, strict=True):
-        ranked = _rank_major(x.transpose(0, 1), tokens, identity)
-        parts.append([ranked[peer * rows : (peer + 1) * rows] for peer in range(size)])
-        shapes = [(rows, x.shape[0], stop - first, x.shape[-1]) for first, stop in held]
-        arriving.append([parts[-1][rank] if p == rank else x.new_empty(shape) for p, shape in enumerate(shapes)])
-    _trade(parts, arriving, rank, group_name)
-    return [_assembled(x, arrived, h) for x, arrived, h in zip(tensors, arriving, heads, strict=True)]
+        ranked = x.transpose(0, 1) if order.in_place else _rank_major(x.transpose(0, 1), places, tokens)
+        leaving.append(order.messages(ranked))
+        parts = [
+            None if peer == rank else x.new_empty((rows, x.shape[0], stop - first, x.shape[-1]))
+            for peer, (first, stop) in enumerate(held)
+        ]
+        arriving.append([leaving[-1][rank] if part is None else _rows_of(part, mine) for part in parts])
+    _trade(leaving, arriving, rank, group_name)
+    return [_assembled(x, parts, mine, h) for x, parts, h in zip(tensors, arriving, heads, strict=True)]
 
 
-def _trade(parts: list[list[Tensor]], arriving: list[list[Tensor]], rank: int, group_name: str) -> None:
-    """Send each rank its part of every tensor, and receive where it is read; one's own part stays."""
-    peers = [peer for peer in range(len(parts[0])) if peer != rank]
-    collectives.connect(group_name, parts[0][0].device)
-    sends = [(part[peer], peer) for peer in peers for part in parts]
-    receives = [(place[peer], peer) for peer in peers for place in arriving]
+def _trade(leaving: list[list[list[Tensor]]], arriving: list[list[list[Tensor]]], rank: int, group_name: str) -> None:
+    """Send each rank its rows of every tensor, and receive where they are read; one's own stay.
+
+    Args:
+        leaving: per tensor, per rank, what each message holds.
+        arriving: the same of what comes.
+        rank: this rank.
+        group_name: the group.
+    """
+    peers = [peer for peer in range(len(leaving[0])) if peer != rank]
+    collectives.connect(group_name, leaving[0][0][0].device)
+    sends = [(part, peer) for peer in peers for parts in leaving for part in parts[peer]]
+    receives = [(place, peer) for peer in peers for parts in arriving for place in parts[peer]]
     collectives.post(sends, receives, group_name).wait()
 
 
-def _rank_major(x: Tensor, tokens: Tensor, identity: bool) -> Tensor:
+def _rank_major(x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     """``[S, ...]`` in global order as ``[P * L, ...]`` in rank order, zeros on pad rows."""
-    if identity:
-        return x
+    if places.shape == tokens.shape:  # no pad rows
+        return x.index_select(0, tokens)
     if not len(x):
         return x.new_zeros(len(tokens), *x.shape[1:])
     pads = (tokens < 0).view(-1, *[1] * (x.dim() - 1))
     return x.index_select(0, tokens.clamp(min=0)).masked_fill_(pads, 0)
 
 
-def _assembled(x: Tensor, parts: list[Tensor], heads: list[tuple[int, int]]) -> Tensor:
-    """Put the heads that came from each rank side by side, ``[B, L, N, D]``; add, in rank order, what several sent."""
-    rows, batch = parts[0].shape[:2]
-    shape = (batch, rows, heads[-1][1], x.shape[-1])
-    if all(after[0] >= before[1] for before, after in pairwise(heads)):
-        result = x.new_empty(shape)
-        for part, (first, stop) in zip(parts, heads, strict=True):
-            result[:, :, first:stop] = part.transpose(0, 1)
-        return result
-    total = x.new_zeros(shape, dtype=accumulator_dtype(x.dtype))
-    for part, (first, stop) in zip(parts, heads, strict=True):
-        total[:, :, first:stop] += part.transpose(0, 1)
+def _assembled(x: Tensor, parts: list[list[Tensor]], cuts: Cuts, heads: list[tuple[int, int]]) -> Tensor:
+    """Put the heads of each rank side by side, ``[B, L, N, D]``; add, in rank order, what several computed.
+
+    Args:
+        x: a tensor of the same batch, channels and dtype.
+        parts: per rank, its heads of the rows of each cut, ``[rows, B, n, D]``.
+        cuts: ``(first row, rows)`` of each.
+        heads: per rank, ``[first, stop)``.
+    """
+    shape = (x.shape[0], sum(rows for _, rows in cuts), heads[-1][1], x.shape[-1])
+    apart = _are_apart(heads)
+    total = x.new_empty(shape) if apart else x.new_zeros(shape, dtype=accumulator_dtype(x.dtype))
+    for pieces, share in zip(parts, _heads_of(total.transpose(0, 1), heads), strict=True):
+        for place, piece in zip(_rows_of(share, cuts), pieces, strict=True):
+            (place.copy_ if apart else place.add_)(piece)
     return total.to(x.dtype)
 
 
 @fake(_to_heads)
 def _fake_to_heads(
-    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
     rank = collectives.members(group_name).rank
     shapes = _shapes(tensors, _unflat(ranges, len(tensors)), rank, places.shape[0])
@@ -239,7 +309,7 @@ def _fake_to_heads(
 
 @fake(_to_tokens)
 def _fake_to_tokens(
-    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, identity: bool, group_name: str
+    tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
     heads = _unflat(ranges, len(tensors))
     rows = tokens.shape[0] // len(heads[0])
@@ -247,13 +317,13 @@ def _fake_to_tokens(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, ctx.ranges, places, tokens, ctx.identity, ctx.group_name = inputs
-    ctx.save_for_backward(places, tokens)
+    _, ctx.ranges, *indices, ctx.group_name = inputs
+    ctx.save_for_backward(*indices)
 
 
 def _to_heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (
-        _gathered(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
+        _gathered(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.group_name),
         None,
         None,
         None,
@@ -264,7 +334,7 @@ def _to_heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 def _to_tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (
-        _scattered(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.identity, ctx.group_name),
+        _scattered(list(grads), ctx.ranges, *ctx.saved_tensors, ctx.group_name),
         None,
         None,
         None,
@@ -298,7 +368,9 @@ def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[
     mine = torch.cat([x.transpose(0, 1).reshape(-1) for x in tensors])
     received = collectives.all_to_all(mine.repeat(size), [counts[rank]] * size, counts, group_name).split(counts)
     arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
-    return [_assembled(x, [views[i] for views in arrived], heads[i]) for i, x in enumerate(tensors)]
+    return [
+        _assembled(x, [[views[i]] for views in arrived], [(0, x.shape[1])], heads[i]) for i, x in enumerate(tensors)
+    ]
 
 
 @fake(_slice)

@@ -244,10 +244,9 @@ class Shard:
         """How rows of all ranks and global tokens correspond, cached."""
 
         def made() -> SequenceOrder:
-            places = self.inverse
-            everyone = np.concatenate([self.layout.positions(rank) for rank in range(self.layout.cp_size)])
-            identity = len(places) == len(everyone) and bool((np.diff(places) == 1).all())
-            return SequenceOrder(device_copy(places, device), device_copy(everyone, device), identity)
+            ranks = self.layout.cp_size
+            everyone = np.concatenate([self.layout.positions(rank) for rank in range(ranks)])
+            return SequenceOrder.over(self.inverse, everyone, ranks, device)
 
         return self.memo.on("order", device, made)
 

@@ -96,10 +96,10 @@ def _spoil(outputs: list[Tensor]) -> None:
 
 
 def _is_in(x: Tensor, args: Any) -> bool:
-    return any(
-        isinstance(y, Tensor) and y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        for y in tree_flatten(args)[0]
-    )
+    """Whether a tensor shares memory with an argument; those without any all have address 0."""
+    memory = x.untyped_storage().data_ptr()
+    tensors = [y for y in tree_flatten(args)[0] if isinstance(y, Tensor)]
+    return memory != 0 and any(y.untyped_storage().data_ptr() == memory for y in tensors)
 
 
 def _again(func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
