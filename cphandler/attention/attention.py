@@ -191,8 +191,19 @@ class Attention:
 
     def __call__(self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Any:
         """All of ``core_attn``; see :meth:`ContextParallelHandler.core_attn`."""
-        traced = self._traced(attn_mod, tensors, options) if torch.compiler.is_compiling() else None
-        call = self.checked(attn_mod, tensors, options) if traced is None else traced
+        if not torch.compiler.is_compiling():
+            call = self.checked(attn_mod, tensors, options)
+        else:
+            traced = self._traced(attn_mod, tensors, options)
+            if traced is None and not _is_own(attn_mod):
+                return self._outside(attn_mod, tensors, options)
+            call = self.checked(attn_mod, tensors, options) if traced is None else traced
+        return self.settled(call, self.compute(call))
+
+    @untraced
+    def _outside(self, attn_mod: Any, tensors: tuple[Tensor, Tensor, Tensor], options: OptionalArguments) -> Any:
+        """All of a call outside of a graph, which breaks once: not every compiler carries a call over a break."""
+        call = self.checked(attn_mod, tensors, options)
         return self.settled(call, self.compute(call))
 
     def _traced(
@@ -200,9 +211,8 @@ class Attention:
     ) -> AttentionCall | None:
         """A call as a compiler can trace it, over what :meth:`plan` prepared; None where that is not enough."""
         prepared = self._prepared_for(options.get("mask"), tensors[0].device)
-        own_module = attn_mod is not None and not isinstance(attn_mod, CoreAttention)
         drops = bool(options.get("dropout_p")) or (isinstance(attn_mod, CoreAttention) and attn_mod.drops(options))
-        if prepared is None or own_module or drops or self.fixed is not None:
+        if prepared is None or _is_own(attn_mod) or drops or self.fixed is not None:
             return None
         call = AttentionCall.traced(attn_mod, tensors, AttentionOptions.checked(options), self._rules, self.host.mask)
         self._check_capabilities(call)
@@ -489,6 +499,11 @@ class Attention:
             kept = device_copy(queries.documents.valid_tokens, out.device)
             out = out.new_zeros(queries.documents.num_tokens, *out.shape[1:]).index_copy(0, kept, out)
         return batch_first(out, form)
+
+
+def _is_own(attn_mod: Any) -> bool:
+    """Whether a caller's own function computes attention."""
+    return attn_mod is not None and not isinstance(attn_mod, CoreAttention)
 
 
 def batch_features(queries: StreamMetadata, keys: StreamMetadata, config: CPConfig) -> list[str]:

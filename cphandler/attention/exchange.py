@@ -412,12 +412,6 @@ class GatherExchange(Exchange):
             own.add(ALL, _summed(route, [sums[i].total() for sums in everyone]))
 
 
-def _gathered(route: Route, rows: Rows) -> list[Rows]:
-    """Every rank's rows, in rank order."""
-    everyone = [collectives.all_gather(row, route.group_name).view(route.plan.cp_size, *row.shape) for row in rows]
-    return list(zip(*everyone, strict=True))
-
-
 def _ordered(everyone: Sequence[Rows], places: Tensor) -> Rows:
     """A copy of everybody's rows in global order."""
     return tuple(torch.cat(parts, dim=1).index_select(1, places) for parts in zip(*everyone, strict=True))
@@ -434,7 +428,7 @@ def _add_ordered(everyone: Sequence[Sums], grads: Sums, places: Tensor) -> None:
 
 def _gathered_blocks(route: Route, rows: Rows, grads: Sequence[Sums]) -> Iterator[Block]:
     """The blocks in plan order, with sums out of ``grads``, one tuple for each rank's rows, where there are any."""
-    plan, gathered = route.plan, _gathered(route, rows)
+    plan, gathered = route.plan, collectives.gather_parts(rows, route.group_name)
     if route.places is not None:
         everything = _ordered(gathered, route.places)
         sums = _blank(grads[0], everything[0].shape[1]) if grads else ()

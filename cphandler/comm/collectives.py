@@ -501,6 +501,25 @@ def all_gather(x: Tensor, group_name: str) -> Tensor:
     return gathered
 
 
+def gather_parts(tensors: Sequence[Tensor], group_name: str) -> list[tuple[Tensor, ...]]:
+    """Every rank's tensors, in rank order; its own are the ones it gave, where the transport needs no copy of them.
+
+    Args:
+        tensors: of one device, in the same shapes and dtypes on every rank.
+        group_name: the process group's name.
+    """
+    group, size, rank, _, _ = members(group_name)
+    if not _on_gloo(tensors[0].device, group) and size == dist.get_world_size(group):
+        whole = [all_gather(x, group_name).view(size, *x.shape) for x in tensors]
+        return list(zip(*whole, strict=True))
+    parts = [tensors if peer == rank else [x.new_empty(x.shape) for x in tensors] for peer in range(size)]
+    connect(group_name, tensors[0].device)
+    peers = [peer for peer in range(size) if peer != rank]
+    sends = [(x, peer) for peer in peers for x in tensors]
+    post(sends, [(x, peer) for peer in peers for x in parts[peer]], group_name).wait()
+    return [tuple(part) for part in parts]
+
+
 @torch.library.custom_op("cphandler::reduce_scatter", mutates_args=())
 def reduce_scatter(x: Tensor, group_name: str) -> Tensor:
     """Sum the ranks' ``[P * n, ...]`` and keep this rank's block of n rows; the backward pass is :func:`all_gather`.
