@@ -143,7 +143,7 @@ def main(  # noqa: PLR0913 - an option each
     if json is not None:
         records.write(json, runs, asked, {"repeats": repeats, "environment": ENVIRONMENT})
     if plot is not None:
-        heading = f"Attention under context parallelism, forward and backward, {repeats} repeats"
+        heading = f"Context parallelism around one attention kernel, forward and backward, {repeats} repeats"
         pictures.draw(plot, runs, f"{heading}, torch {torch.__version__}")
     wrong = [
         work

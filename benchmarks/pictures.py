@@ -1,4 +1,4 @@
-"""Contests as a picture: a panel for each, a dot with its interval for each competitor."""
+"""Contests as a picture: a panel for each, and in it what each competitor adds to the kernel, with its interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.intervals import paired_ratio
 from benchmarks.runs import Run
-from benchmarks.tables import ratios
 from benchmarks.works import Work
 
 OURS, THEIRS, WRONG, FLOOR = "#0b6e99", "#b8591b", "#b8591b", "#5a5a5a"
@@ -42,9 +41,9 @@ def draw(path: Path, runs: Sequence[Run], heading: str) -> None:
     for row in axes:
         limits = [axis.get_xlim() for axis in row]
         for axis in row:
-            axis.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+            axis.set_xlim(0, max(high for _, high in limits))
     for axis in axes[-1]:
-        axis.set_xlabel("CPU seconds of all ranks / plain kernel on one rank")
+        axis.set_xlabel("CPU ms of all ranks outside of the kernel's calls")
     inch = 1 / figure.get_figheight()
     figure.suptitle(heading, x=0.01, y=1 - 0.1 * inch, ha="left", va="top", fontsize=12, fontweight="bold")
     corner = (0.005, 1 - 0.32 * inch)
@@ -56,32 +55,29 @@ def draw(path: Path, runs: Sequence[Run], heading: str) -> None:
 
 
 def _entries(run: Run, ranks: int) -> list[Work]:
-    """Competitors on a number of ranks, the quickest first."""
+    """Competitors on a number of ranks, who adds least to the kernel first."""
     works = [work for work in run.results if work.ranks == ranks]
-    plain = run.plain.cpu()
-    return sorted(works, key=lambda work: statistics.median(ratios(run.results[work].cpu(), plain)))
+    return sorted(works, key=lambda work: statistics.median(run.results[work].outside()))
 
 
 def _panel(axis: Any, run: Run, ranks: int) -> None:
-    works, plain = _entries(run, ranks), run.plain.cpu()
-    labels = []
+    works, labels = _entries(run, ranks), []
     for place, work in enumerate(works):
         result = run.results[work]
-        middle, low, high = paired_ratio(result.cpu(), plain)
+        outside = [1e3 * seconds for seconds in result.outside()]
+        middle, low, high = paired_ratio(outside, [1.0] * len(outside))
         wrong = result.errors is not None and bool(result.errors.wrong(work.dtype))
         colour = OURS if work.is_ours else THEIRS
         axis.plot([low, high], [place, place], color=colour, linewidth=2.4, alpha=0.45, solid_capstyle="round")
         axis.plot(middle, place, "o", color=colour, markersize=6.5, markerfacecolor="white" if wrong else colour)
         floor = run.floor(work)
         if floor is not None:
-            middle = statistics.median(ratios(floor.cpu(), plain))
-            axis.plot(middle, place, "|", color=FLOOR, markersize=12, markeredgewidth=2)
+            axis.plot(1e3 * statistics.median(floor.gloo), place, "|", color=FLOOR, markersize=12, markeredgewidth=2)
         labels.append(f"{work.name} (wrong)" if wrong else work.name)
     axis.set_yticks(range(len(works)), labels, fontsize=9)
     for label, work in zip(axis.get_yticklabels(), works, strict=True):
         label.set_color(OURS if work.is_ours else THEIRS)
     axis.set_ylim(len(works) - 0.4, -0.6)
-    axis.axvline(1.0, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     axis.grid(axis="x", color="#dddddd", linewidth=0.7)
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):
@@ -108,6 +104,6 @@ def _legend() -> list[Any]:
             linestyle="",
             markersize=12,
             markeredgewidth=2,
-            label="floor: kernel calls and bytes alone",
+            label="floor: the bytes alone",
         ),
     ]
