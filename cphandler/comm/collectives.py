@@ -199,14 +199,17 @@ class Transfer:
 
     def _wait_for_peers(self, at: Members) -> None:
         deadline = None if at.limit is None else time.monotonic() + at.limit
+        done = 0
         with ended_on_error(at):
-            for i, (peer, work) in enumerate(zip(self._peers, self._works, strict=True)):
-                try:
-                    _finish(work, deadline)
-                except RuntimeError as error:
-                    later = zip(self._peers[i + 1 :], self._works[i + 1 :], strict=True)
-                    others = [other for other, work in later if not _done(work)] if _is_late(error) else []
-                    raise _lost(at, [peer, *others], error) from error
+            try:
+                for work in self._works:
+                    if deadline is not None or work.wait() is False:  # which a second wait says as well
+                        _finish(work, deadline)
+                    done += 1
+            except RuntimeError as error:
+                later = zip(self._peers[done + 1 :], self._works[done + 1 :], strict=True)
+                others = [other for other, work in later if not _done(work)] if _is_late(error) else []
+                raise _lost(at, [self._peers[done], *others], error) from error
 
 
 def _finish(work: Any, deadline: float | None) -> None:
