@@ -347,7 +347,7 @@ def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, i
         RankLostError: on gloo, the connection to a peer is closed.
     """
     outgoing = [(x.resolve_conj().resolve_neg().contiguous(), peer) for x, peer in sends if x.numel()]
-    incoming = [(_one_run(x), peer) for x, peer in receives if x.numel()]
+    incoming = [(x if x.is_contiguous() else _one_run(x), peer) for x, peer in receives if x.numel()]
     record_sent("send", sum(x.nbytes for x, _ in outgoing), len(outgoing))
     return _posted(outgoing, incoming, members(group_name)) if outgoing or incoming else Transfer()
 

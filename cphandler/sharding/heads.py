@@ -6,7 +6,7 @@ Two opaque custom ops, each the backward pass of the other. All parts of a call 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -242,9 +242,11 @@ def _heads_by(ranges: tuple[int, ...], tensors: int) -> tuple[_Heads, ...]:
     return tuple(found)
 
 
-def _rows_of(x: Tensor, cuts: Cuts) -> Sequence[Tensor]:
-    """``[rows, ...]`` of each cut of a rank's rows, which they cover."""
-    return (x,) if len(cuts) == 1 else [x.narrow(0, first, rows) for first, rows in cuts]
+def _cut(parts: Iterable[Tensor], cuts: Cuts) -> list[Sequence[Tensor]]:
+    """``[rows, ...]`` of each cut of a rank's rows, which they cover, out of each tensor."""
+    if len(cuts) == 1:
+        return [(x,) for x in parts]
+    return [[x.narrow(0, first, rows) for first, rows in cuts] for x in parts]
 
 
 @operator("gather_seq_scatter_heads")
@@ -258,7 +260,7 @@ def _to_heads(
     for x, wanted in zip(tensors, heads, strict=True):
         parts = wanted.of(x.transpose(0, 1))
         gathered = x.new_empty((size * rows, *parts[rank].shape[1:]))
-        leaving.append([_rows_of(part, order.places[rank]) for part in parts])
+        leaving.append(_cut(parts, order.places[rank]))
         arriving.append(order.messages(gathered))
         result.append(gathered)
     _trade(leaving, arriving, rank, group_name)
@@ -282,12 +284,9 @@ def _to_tokens(
         ranked = x.transpose(0, 1) if order.in_place else _rank_major(x.transpose(0, 1), places, tokens)
         leaving.append(order.messages(ranked))
         batch, channels = x.shape[0], x.shape[-1]
-        arriving.append(
-            [
-                leaving[-1][rank] if peer == rank else _rows_of(x.new_empty((rows, batch, number, channels)), mine)
-                for peer, number in enumerate(held.sizes)
-            ]
-        )
+        others = [number for peer, number in enumerate(held.sizes) if peer != rank]
+        arriving.append(_cut([x.new_empty((rows, batch, number, channels)) for number in others], mine))
+        arriving[-1].insert(rank, leaving[-1][rank])
     _trade(leaving, arriving, rank, group_name)
     return [_assembled(x, parts, mine, h) for x, parts, h in zip(tensors, arriving, heads, strict=True)]
 
@@ -329,8 +328,8 @@ def _assembled(x: Tensor, parts: Sequence[Sequence[Tensor]], cuts: Cuts, heads: 
     """
     shape = (x.shape[0], sum(rows for _, rows in cuts), heads.ranges[-1][1], x.shape[-1])
     total = x.new_empty(shape) if heads.apart else x.new_zeros(shape, dtype=accumulator_dtype(x.dtype))
-    for pieces, share in zip(parts, heads.of(total.transpose(0, 1)), strict=True):
-        for place, piece in zip(_rows_of(share, cuts), pieces, strict=True):
+    for pieces, places in zip(parts, _cut(heads.of(total.transpose(0, 1)), cuts), strict=True):
+        for place, piece in zip(places, pieces, strict=True):
             (place.copy_ if heads.apart else place.add_)(piece)
     return total.to(x.dtype)
 
