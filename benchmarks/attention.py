@@ -3,13 +3,15 @@
 Prints, per backend and number of ranks, the CPU seconds of forward and forward+backward summed over ranks, as a ratio
 to the plain kernel on one rank (median of interleaved repeats), the same ratio as if every rank took as long as the
 slowest, and the bytes all ranks sent beside the theoretical count. ``p2p@balanced`` is a backend on a layout. With
-``--peers``, other projects' attention takes part (see ``benchmarks/README.md``).
+``--floors``, what the kernel's calls and the messages take alone is measured as well, and with ``--peers``, other
+projects' attention takes part too (see ``benchmarks/README.md``).
 
     python -m benchmarks.attention                      # one causal sequence of 4096 tokens
     python -m benchmarks.attention --kv-heads 2 --ranks 2 --ranks 4
     python -m benchmarks.attention --lengths 900,64,243,1500,1389 --layout zigzag
     python -m benchmarks.attention --pack pile:0 --pack prolong64k:3      # honest lengths, 8192 tokens a rank
     python -m benchmarks.attention --pack pile:0 --backend ring --backend p2p --backend p2p@balanced
+    python -m benchmarks.attention --pack pile:0 --backend p2p@balanced --floors
     python -m benchmarks.attention --peers --lengths 16384 --repeats 5 --json speed.json --plot speed.png
 """
 
@@ -32,7 +34,7 @@ from benchmarks import pictures, records
 from benchmarks.allocator import ALLOCATOR
 from benchmarks.peers import PEERS
 from benchmarks.runs import Run, run_contest
-from benchmarks.tables import contest_table, interval_table, outside_table, table_of
+from benchmarks.tables import above_table, contest_table, interval_table, outside_table, rivals, table_of
 from benchmarks.theory import theoretical_bytes
 from benchmarks.works import Absent, Contest, Work, pack_lengths, peers_of, works_of
 from cphandler.testing import RankPool
@@ -40,9 +42,8 @@ from cphandler.testing import RankPool
 ENVIRONMENT = {
     **ALLOCATOR,
     "OMP_NUM_THREADS": "1",
-    "KINETO_LOG_LEVEL": "99",
 }
-"""Of every rank, which has one thread; the profiler that watches kernel calls says nothing of its own."""
+"""Of every rank, which has one thread."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ def summary(run: Run, console: Console, *, thorough: bool) -> None:
         for absent in run.absent:
             if absent.ranks == ranks:
                 console.print(f"  {absent.name} is absent: {absent.reason}", style="dim", highlight=False)
-        console.print("the library's backends to each peer: median of repeats, 95% interval", highlight=False)
+        console.print("the library's backends to each of these: median of repeats, 95% interval", highlight=False)
         console.print(interval_table(run, ranks))
-        console.print(outside_table(run, ranks))
+        if rivals(run, ranks)[1]:
+            console.print(outside_table(run, ranks))
+        console.print(above_table(run, ranks))
 
 
 def legend(*, thorough: bool) -> Iterator[str]:
@@ -100,7 +103,8 @@ def legend(*, thorough: bool) -> Iterator[str]:
     yield "the threads that make them, in gloo's threads. slow: of the slowest rank times the ranks. wall: until the"
     yield "last rank is done. sent: bytes that all ranks wrote to their sockets. peak: high-water mark of a rank's"
     yield "memory in a pass, above inputs, outputs and gradients. floor: the same kernel calls alone, and the same"
-    yield "bytes at gloo's price."
+    yield "bytes at gloo's price. bare pass: the same calls and the same messages in the same order, with nothing"
+    yield "around them. above: what a backend takes more than these outside of the kernel; slow, in all."
 
 
 def main(  # noqa: PLR0913 - an option each
@@ -117,6 +121,7 @@ def main(  # noqa: PLR0913 - an option each
     tile: Annotated[int | None, typer.Option(help="CPConfig.tile, which balanced counts area in.")] = None,
     kernel_cost: Annotated[int, typer.Option(help="CPConfig.kernel_cost, which balanced counts for a task.")] = 0,
     repeats: Annotated[int, typer.Option(help="Interleaved repeats; medians are shown.")] = 7,
+    floors: Annotated[bool, typer.Option("--floors", help="Floors and bare passes, as with peers.")] = False,
     peers: Annotated[bool, typer.Option("--peers", help="Other projects' attention takes part.")] = False,
     peer: Annotated[list[str] | None, typer.Option(help="module:class of one, in place of all; repeatable.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every number here.")] = None,
@@ -139,7 +144,7 @@ def main(  # noqa: PLR0913 - an option each
                 given = replace(plain, lengths=pack_lengths(name, count))
                 works = tuple(works_of(given, [count], names, layout or "zigzag"))
                 entries.append(entry(name, works, [count], asked))
-    runs = run_all(entries, repeats, thorough=bool(asked))
+    runs = run_all(entries, repeats, thorough=floors or bool(asked))
     if json is not None:
         records.write(json, runs, asked, {"repeats": repeats, "environment": ENVIRONMENT})
     if plot is not None:

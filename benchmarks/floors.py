@@ -1,9 +1,8 @@
 """The floor of an algorithm: its kernel calls alone, and its bytes at gloo's price, both timed in the same run.
 
-A backend's pass is watched once by torch's profiler, which says what the kernel was asked for: the shapes, and whether
-causal. Those calls are then made again on random tensors, with no exchange, no merging and no handler around them. What
-gloo's threads and the kernel's network code take for a byte is timed by moving blocks of keys and values, by direct
-sends and by an all-to-all; the cheaper of the two is the price.
+The calls of a pass that was watched (:mod:`benchmarks.bare`) are made again on random tensors, with no exchange, no
+merging and no handler around them. What gloo's threads and the system's network code take for a byte is timed by moving
+blocks of keys and values, by direct sends and by an all-to-all; the cheaper of the two is the price.
 """
 
 from __future__ import annotations
@@ -15,13 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.seats import fresh
 from benchmarks.works import Work
 
-FORWARD = "aten::_scaled_dot_product_flash_attention_for_cpu"
-BACKWARD = f"{FORWARD}_backward"
 ROUNDS = 4
 """Messages of a timing of gloo, each as large as a rank's keys and values."""
 
@@ -47,25 +42,19 @@ class Call(NamedTuple):
     causal: bool
     backward: bool
 
+    def make(self, tensors: tuple[Any, ...]) -> None:
+        """Make the call, with what :func:`tensors_of` has for it."""
+        q, k, v, mask, grad, out, lse = tensors
+        if self.backward:
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, out, lse, 0.0, self.causal, attn_mask=mask
+            )
+        else:
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, self.causal, attn_mask=mask)
+
 
 Calls = tuple[Call, ...]
 """A rank's calls in one pass, in order."""
-
-
-def kernel_calls(work: Work) -> Calls:
-    """What this rank's kernel is asked for in one forward and backward pass."""
-    seat = fresh(work)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as watched:
-        seat.attend(*seat.inputs).backward(seat.grad_out)
-    calls = []
-    for event in sorted(watched.events() or (), key=lambda event: float(event.time_range.start)):
-        if event.name in (FORWARD, BACKWARD):
-            backward = event.name == BACKWARD
-            q, k, v = event.input_shapes[1:4] if backward else event.input_shapes[:3]
-            causal, mask = (7, 8) if backward else (4, 5)
-            shapes = tuple(q), tuple(k), tuple(v), tuple(event.input_shapes[mask])
-            calls.append(Call(*shapes, bool(event.concrete_inputs[causal]), backward))
-    return tuple(calls)
 
 
 def replay(calls_of_ranks: tuple[Calls, ...], dtype: str) -> float:
@@ -76,23 +65,22 @@ def replay(calls_of_ranks: tuple[Calls, ...], dtype: str) -> float:
         dtype: name of the tensors' dtype.
     """
     mine = calls_of_ranks[dist.get_rank()]
-    tensors = [_tensors(call._replace(backward=False), dtype) for call in mine]
+    tensors = [tensors_of(call, dtype) for call in mine]
     if dist.get_world_size() > 1:
         dist.barrier()
     started = time.process_time()
-    for call, (q, k, v, mask, grad, out, lse) in zip(mine, tensors, strict=True):
-        if call.backward:
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, q, k, v, out, lse, 0.0, call.causal, attn_mask=mask
-            )
-        else:
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, call.causal, attn_mask=mask)
+    for call, made in zip(mine, tensors, strict=True):
+        call.make(made)
     return time.process_time() - started
+
+
+def tensors_of(call: Call, dtype: str) -> tuple[Any, ...]:
+    """Random inputs of a call, rows before heads in memory, with the output and log-sum-exp that belong to them."""
+    return _tensors(call._replace(backward=False), dtype)
 
 
 @lru_cache(maxsize=256)
 def _tensors(call: Call, dtype: str) -> tuple[Any, ...]:
-    """Random inputs of a call, rows before heads in memory, with the output and log-sum-exp that belong to them."""
     generator, kind = torch.Generator().manual_seed(0), getattr(torch, dtype)
 
     def drawn(shape: Size) -> Tensor:

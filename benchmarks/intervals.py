@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 RESAMPLES = 4000
 """Draws of a bootstrap."""
@@ -34,7 +35,17 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 
     """
     if not len(ours) or len(ours) != len(theirs):
         raise ValueError(f"one measure for each repeat of both competitors, got {len(ours)} and {len(theirs)}")
-    ratios = np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[drawn], axis=1), (2.5, 97.5))
-    return Interval(float(np.median(ratios)), float(low), float(high))
+    return median_of(np.asarray(ours, dtype=float) / np.asarray(theirs, dtype=float), seed=seed)
+
+
+def median_of(measures: ArrayLike, *, seed: int = 0) -> Interval:
+    """The median of a measure over the repeats; see :func:`paired_ratio`.
+
+    Args:
+        measures: one in each repeat.
+        seed: of the draws.
+    """
+    values = np.asarray(measures, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(values[drawn], axis=1), (2.5, 97.5))
+    return Interval(float(np.median(values)), float(low), float(high))

@@ -25,20 +25,24 @@ class KernelClock:
     Attributes:
         seconds: CPU seconds of the calls so far, of the threads that made them.
         calls: how many.
+        listener: is told of each call, ahead of it: the operator's name, and the arguments, by place and by name.
     """
 
     def __init__(self) -> None:
         self.seconds, self.calls = 0.0, 0
+        self.listener: Callable[[str, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says that a kernel is replaced, which is what is asked for
             for name in OPERATORS:
                 operator = getattr(torch.ops.aten, name).default
-                timed = self._timed(torch.library.get_kernel(operator, "CPU"))
+                timed = self._timed(name, torch.library.get_kernel(operator, "CPU"))
                 self._library.impl(name, timed, "CPU", with_keyset=True, allow_override=True)
 
-    def _timed(self, kernel: Any) -> Callable[..., Any]:
+    def _timed(self, name: str, kernel: Any) -> Callable[..., Any]:
         def timed(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.listener is not None:
+                self.listener(name, args, kwargs)
             started = time.thread_time()
             results = kernel.call_boxed(keys, *args, **kwargs)
             self.seconds += time.thread_time() - started

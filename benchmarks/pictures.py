@@ -11,7 +11,7 @@ from benchmarks.intervals import paired_ratio
 from benchmarks.runs import Run
 from benchmarks.works import Work
 
-OURS, THEIRS, WRONG, FLOOR = "#0b6e99", "#b8591b", "#b8591b", "#5a5a5a"
+OURS, THEIRS, WRONG, FLOOR, BARE = "#0b6e99", "#b8591b", "#b8591b", "#a8a8a8", "#303030"
 
 
 def draw(path: Path, runs: Sequence[Run], heading: str) -> None:
@@ -47,7 +47,7 @@ def draw(path: Path, runs: Sequence[Run], heading: str) -> None:
     inch = 1 / figure.get_figheight()
     figure.suptitle(heading, x=0.01, y=1 - 0.1 * inch, ha="left", va="top", fontsize=12, fontweight="bold")
     corner = (0.005, 1 - 0.32 * inch)
-    figure.legend(handles=_legend(), loc="upper left", bbox_to_anchor=corner, ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=_legend(), loc="upper left", bbox_to_anchor=corner, ncols=5, frameon=False, fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.45 * inch), h_pad=2.2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
@@ -73,6 +73,9 @@ def _panel(axis: Any, run: Run, ranks: int) -> None:
         floor = run.floor(work)
         if floor is not None:
             axis.plot(1e3 * statistics.median(floor.gloo), place, "|", color=FLOOR, markersize=12, markeredgewidth=2)
+        if result.bare is not None:
+            bare = 1e3 * statistics.median(result.bare.outside())
+            axis.plot(bare, place, "|", color=BARE, markersize=12, markeredgewidth=2)
         labels.append(f"{work.name} (wrong)" if wrong else work.name)
     axis.set_yticks(range(len(works)), labels, fontsize=9)
     for label, work in zip(axis.get_yticklabels(), works, strict=True):
@@ -92,18 +95,11 @@ def _legend() -> list[Any]:
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     dot: dict[str, Any] = {"marker": "o", "linestyle": "-", "linewidth": 2.4, "markersize": 6.5}
+    tick: dict[str, Any] = {"marker": "|", "linestyle": "", "markersize": 12, "markeredgewidth": 2}
     return [
         Line2D([], [], color=OURS, label="cphandler", **dot),
         Line2D([], [], color=THEIRS, label="peer", **dot),
         Line2D([], [], color=WRONG, markerfacecolor="white", label="peer with wrong gradients", **dot),
-        Line2D(
-            [],
-            [],
-            color=FLOOR,
-            marker="|",
-            linestyle="",
-            markersize=12,
-            markeredgewidth=2,
-            label="floor: the bytes alone",
-        ),
+        Line2D([], [], color=FLOOR, label="its bytes alone", **tick),
+        Line2D([], [], color=BARE, label="its messages alone, in place", **tick),
     ]

@@ -18,7 +18,7 @@ import torch
 from benchmarks.intervals import paired_ratio
 from benchmarks.peers import peer_cls
 from benchmarks.runs import Result, Run
-from benchmarks.tables import against, least_ratio, outside_against, ratios, rivals
+from benchmarks.tables import above, against, least_ratio, outside_against, ratios, rivals
 from benchmarks.works import Work
 
 
@@ -117,6 +117,10 @@ def _competitor(run: Run, work: Work, result: Result) -> dict[str, Any]:
         "rest_cpu_seconds": result.rest(),
         "gloo_cpu_seconds": result.gloo(),
         "floor_cpu_seconds": None if floor is None else floor.cpu(),
+        "floor_slowest_seconds": None if floor is None else floor.slowest,
+        "bare_cpu_seconds": None if result.bare is None else result.bare.cpu(),
+        "bare_outside_cpu_seconds": None if result.bare is None else result.bare.outside(),
+        "above": {name: interval._asdict() for name, interval in above(run, work).items()},
         "floor_ratio": None if floor is None else statistics.median(ratios(floor.cpu(), plain)),
         "samples": [[asdict(sample) for sample in ranks] for ranks in result.samples],
     }

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks import floors, seats
+from benchmarks import bare, floors, seats
 from benchmarks.floors import Calls, Price
 from benchmarks.reference import expected
 from benchmarks.seats import Part, Sample
@@ -51,12 +51,14 @@ class Result:
         errors: against float64; None where it was checked against the plain kernel only.
         peak: bytes of memory above inputs and outputs, on the rank that needs most; None where it was not measured.
         calls: the kernel calls of each rank, of the library's backends; None for others.
+        bare: the same calls and messages with nothing around them, of the library's backends on several ranks.
     """
 
     samples: list[list[Sample]] = field(default_factory=list)
     errors: Errors | None = None
     peak: int | None = None
     calls: tuple[Calls, ...] | None = None
+    bare: Result | None = None
 
     def cpu(self) -> list[float]:
         """CPU seconds of forward and backward in each repeat, summed over ranks."""
@@ -103,10 +105,12 @@ class Floor(NamedTuple):
     Attributes:
         kernel: CPU seconds of the kernel's calls in each repeat, summed over ranks.
         gloo: of the bytes.
+        slowest: of both, if every rank took as long as the slowest.
     """
 
     kernel: list[float]
     gloo: list[float]
+    slowest: list[float]
 
     def cpu(self) -> list[float]:
         """Both."""
@@ -153,8 +157,13 @@ class Run:
         result = self.results[work]
         if work.ranks == 1 or not result.calls or not any(result.calls):
             return None
-        kernel = [sum(ranks) for ranks in self.kernels[result.calls]]
-        return Floor(kernel, [result.sent()[1] * price for price in self.price(work.ranks)])
+        kernels, prices = self.kernels[result.calls], self.price(work.ranks)
+        sent = [sample.both_bytes for sample in result.samples[-1]]
+        slowest = [
+            work.ranks * max(seconds + price * count for seconds, count in zip(ranks, sent, strict=True))
+            for ranks, price in zip(kernels, prices, strict=True)
+        ]
+        return Floor([sum(ranks) for ranks in kernels], [sum(sent) * price for price in prices], slowest)
 
 
 def turns(competitors: Sequence[T], repeat: int) -> list[T]:
@@ -219,12 +228,14 @@ def run_contest(
     del right
     for work in run.results if thorough else ():  # compilers of peers settle, and a pool that was started anew warms up
         pools[work.ranks].run(seats.measure, work)
+        if run.results[work].bare is not None:
+            pools[work.ranks].run(bare.measure, work)
     for repeat in track(range(repeats), contest.name, console=console, transient=True):
         for take in turns(_measures(run, pools, thorough=thorough), repeat):
             take()
     for pool in pools.values():
-        pool.run(seats.forget)
-        pool.run(floors.forget)
+        for module in (seats, bare, floors):
+            pool.run(module.forget)
     return run
 
 
@@ -248,7 +259,7 @@ def _check(run: Run, work: Work, pool: RankPool, right: Sequence[Tensor], *, tho
         result.errors = errors_of(actual, right)
         result.peak = None if None in peaks else max(number for number in peaks if number is not None)
     if thorough and work.is_ours and work.ranks > 1:
-        result.calls = tuple(pool.run(floors.kernel_calls, work))
+        result.calls, result.bare = tuple(pool.run(bare.kernel_calls, work)), Result()
     run.results[work] = result
 
 
@@ -262,6 +273,11 @@ def _measures(run: Run, pools: dict[int, RankPool], *, thorough: bool) -> list[C
     if not thorough:
         return takes
     plain = run.contest.works[0]
+    takes += [
+        taking(result.bare.samples, work.ranks, bare.measure, work)
+        for work, result in run.results.items()
+        if result.bare is not None
+    ]
     prices = [
         taking(run.prices.setdefault(ranks, []), ranks, floors.gloo_price, plain)
         for ranks in sorted({work.ranks for work in run.results} - {1})

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.table import Table
 
-from benchmarks.intervals import Interval, paired_ratio
+from benchmarks.intervals import Interval, median_of, paired_ratio
 from benchmarks.runs import Floor, Result, Run
 from benchmarks.theory import theoretical_bytes
 from benchmarks.works import Work
@@ -98,6 +98,8 @@ def contest_table(run: Run, ranks: int) -> Table:
         floor = run.floor(work)
         if floor is not None:
             table.add_row(*_floor(run, work, floor), style="dim")
+        if result.bare is not None:
+            table.add_row("  its bare pass", *_competitor(run, work, result.bare, ())[1:], style="dim")
     for absent in run.absent:
         if absent.ranks == ranks:
             table.add_row(absent.name, "absent", style="dim")
@@ -108,6 +110,7 @@ def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> t
     compared, slowest = (ratios(times, run.plain.cpu()) for times in (result.cpu(), result.slowest()))
     wire, errors = result.wire(), result.errors
     marked = [("" if errors is None else f"{error:.0e}") for error in errors or (0.0, 0.0)]
+    is_bare = result is not run.results[work]
     name = f"{work.name}, wrong {' and '.join(wrong)}" if wrong else work.name
     return (
         name,
@@ -117,7 +120,7 @@ def _competitor(run: Run, work: Work, result: Result, wrong: Sequence[str]) -> t
         f"{statistics.median(slowest):.3f}",
         f"{statistics.median(result.wall()):.3f}",
         "-" if wire is None or work.ranks == 1 else f"{wire / MIB:.1f}",
-        "-" if result.peak is None else f"{result.peak / MIB:.1f}",
+        "" if is_bare else "-" if result.peak is None else f"{result.peak / MIB:.1f}",
     )
 
 
@@ -126,9 +129,11 @@ def _milliseconds(seconds: Sequence[float]) -> str:
 
 
 def _floor(run: Run, work: Work, floor: Floor) -> tuple[str, ...]:
-    compared = f"{statistics.median(ratios(floor.cpu(), run.plain.cpu())):.3f}"
+    compared, slow = (
+        f"{statistics.median(ratios(times, run.plain.cpu())):.3f}" for times in (floor.cpu(), floor.slowest)
+    )
     parts = _milliseconds(floor.kernel), "", _milliseconds(floor.gloo)
-    return "  its floor", "", "", compared, *parts, "", "", f"{run.results[work].sent()[1] / MIB:.1f}", ""
+    return "  its floor", "", "", compared, *parts, slow, "", f"{run.results[work].sent()[1] / MIB:.1f}", ""
 
 
 def rivals(run: Run, ranks: int) -> tuple[list[Work], list[Work]]:
@@ -159,6 +164,12 @@ def interval_table(run: Run, ranks: int) -> Table:
         for work, floor in zip(ours, own, strict=True)
     ]
     table.add_row("its own floor", *floors, style="dim")
+    bare = [run.results[work].bare for work in ours]
+    cells = [
+        "-" if result is None else _cell(paired_ratio(run.results[work].cpu(), result.cpu()))
+        for work, result in zip(ours, bare, strict=True)
+    ]
+    table.add_row("its bare pass", *cells, style="dim")
     return table
 
 
@@ -168,6 +179,47 @@ def outside_table(run: Run, ranks: int) -> Table:
     table = _table(("outside the kernel", *(work.name for work in ours)))
     for peer in peers:
         table.add_row(peer.backend, *(_cell(outside_against(run, work, peer)) for work in ours))
+    return table
+
+
+ABOVE = ("its bare pass", "its floor", "its bare pass, slow", "its floor, slow")
+"""What a backend is above: outside of the kernel, and for the slowest rank times the ranks, the kernel included."""
+
+
+def above(run: Run, work: Work) -> dict[str, Interval]:
+    """What a backend takes above its bare pass and its floor, as a part of what the plain kernel takes.
+
+    Args:
+        run: the contest.
+        work: the backend.
+
+    Returns:
+        By the names in :data:`ABOVE`; empty where there is no floor.
+    """
+    result, floor = run.results[work], run.floor(work)
+    if floor is None or result.bare is None:
+        return {}
+    pairs = (
+        (result.outside(), result.bare.outside()),
+        (result.outside(), floor.gloo),
+        (result.slowest(), result.bare.slowest()),
+        (result.slowest(), floor.slowest),
+    )
+    plain = run.plain.cpu()
+    return {
+        name: median_of([(a - b) / c for a, b, c in zip(ours, least, plain, strict=True)])
+        for name, (ours, least) in zip(ABOVE, pairs, strict=True)
+    }
+
+
+def above_table(run: Run, ranks: int) -> Table:
+    """What the library's backends take above their bare passes and floors."""
+    ours, _ = rivals(run, ranks)
+    found = [above(run, work) for work in ours]
+    table = _table(("above, in the plain kernel's time", *(work.name for work in ours)))
+    for name in ABOVE:
+        cells = [each.get(name) for each in found]
+        table.add_row(name, *("-" if c is None else f"{c.median:.3f} {c.low:.3f}-{c.high:.3f}" for c in cells))
     return table
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,13 +19,14 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks import floors, seats
-from benchmarks.intervals import paired_ratio
+from benchmarks import bare, floors, seats
+from benchmarks.intervals import median_of, paired_ratio
 from benchmarks.kernel_clock import kernel_clock
 from benchmarks.peers import PEERS, Peer, Shape, flash_attn_stand_in, peer_cls
 from benchmarks.reference import expected
 from benchmarks.runs import Errors, errors_of, run_contest, turns, whole
 from benchmarks.seats import Part
+from benchmarks.tables import ABOVE
 from benchmarks.works import Absent, Contest, Work, peers_of
 from cphandler.testing import RankPool, assert_close, dense_gradients
 
@@ -172,7 +175,8 @@ def test_what_a_run_says(recorded: tuple[str, dict[str, Any], Path]) -> None:
     for name in ("p2p", "ulysses"):
         entry = found[name]
         assert entry["counted_bytes"] <= entry["sent_bytes"] < 1.2 * entry["counted_bytes"] + 4096
-        assert len(entry["floor_cpu_seconds"]) == 3
+        assert len(entry["floor_cpu_seconds"]) == len(entry["bare_cpu_seconds"]) == 3
+        assert set(entry["above"]) == set(ABOVE)
         parts = zip(*(entry[f"{part}_cpu_seconds"] for part in ("kernel", "rest", "gloo")), strict=True)
         assert [sum(repeat) for repeat in parts] == pytest.approx(entry["cpu_seconds"])
         assert entry["peak_bytes"] is None or entry["peak_bytes"] > -(2**20)
@@ -245,6 +249,7 @@ def test_an_interval_of_a_paired_ratio() -> None:
     assert wide.high - wide.low > 3 * (high - low)
     assert paired_ratio([2.0] * 7, [1.0] * 7) == (2.0, 2.0, 2.0)
     assert paired_ratio(ours, theirs) == (median, low, high)
+    assert median_of(np.asarray(ours) / np.asarray(theirs)) == (median, low, high)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0])])
@@ -306,7 +311,7 @@ def test_the_reference_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calls_of(work: Work) -> floors.Calls:
-    return floors.kernel_calls(work)
+    return bare.kernel_calls(work)
 
 
 @pytest.mark.slow
@@ -330,6 +335,52 @@ def test_the_floor_makes_the_calls_of_a_pass(ranks: RankPool) -> None:
         assert price.traded_bytes == price.direct_bytes * 3 // 4
     ranks.run(seats.forget)
     ranks.run(floors.forget)
+
+
+def bare_and_own(work: Work) -> tuple[list[bare.Event], seats.Sample, seats.Sample, int]:
+    """What a pass was seen to do, a pass, two bare passes (the second one counts), and the kernel calls of that."""
+    events, own = list(bare.watched(work)), seats.measure(work)
+    bare.measure(work)
+    before = kernel_clock().calls
+    sample = bare.measure(work)
+    return events, own, sample, kernel_clock().calls - before
+
+
+BARE = [
+    Work("ring", 2, (512,), 4, 4, 16, "float32", None),
+    Work("ring", 4, (512,), 4, 2, 16, "float32", None),
+    Work("p2p", 4, (200, 7, 121, 184), 4, 2, 16, "float32", "balanced"),
+    Work("all_gather", 4, (200, 7, 121, 184), 4, 4, 16, "float32", None),
+    Work("ulysses", 4, (512,), 4, 4, 16, "float32", None),
+    Work("usp", 4, (200, 7, 121, 184), 4, 2, 16, "float32", None),
+]
+
+
+def test_a_bare_pass_does_what_a_pass_does() -> None:
+    """The same kernel calls and bytes, each message met by one on the other side, each post waited for once."""
+    for size in (2, 4):
+        with RankPool(size, timeout=120) as pool:  # processes of their own, whose operators may be replaced
+            for work in (work for work in BARE if work.ranks == size):
+                found = pool.run(bare_and_own, work)
+                for events, own, sample, calls in found:
+                    assert calls == sum(isinstance(event, floors.Call) for event in events) > 0
+                    assert sample.both_bytes == own.both_bytes
+                    assert 0 < sample.kernel < sample.own <= 1.01 * sample.both
+                    posted = [event.number for event in events if isinstance(event, bare.Post)]
+                    assert sorted(event.number for event in events if isinstance(event, bare.Wait)) == posted
+                for rank, other in itertools.permutations(range(size), 2):
+                    (leaving, _), (_, arriving) = (messages(found[i][0], j) for i, j in ((rank, other), (other, rank)))
+                    assert leaving == arriving, f"{work} from {rank} to {other}"
+                pool.run(bare.forget)
+
+
+def messages(events: Sequence[bare.Event], peer: int) -> tuple[list[int], list[int]]:
+    """Bytes of all that goes to a rank, and of all that comes from it, in order."""
+    posts = [event for event in events if isinstance(event, bare.Post)]
+    return tuple([m.nbytes for post in posts for m in side(post) if m.peer == peer] for side in SIDES)
+
+
+SIDES = operator.attrgetter("sends"), operator.attrgetter("receives")
 
 
 def clocked(backend: str) -> tuple[int, list[seats.Sample]]:

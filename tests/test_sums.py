@@ -81,6 +81,27 @@ def test_rows_that_lie_apart() -> None:
     assert torch.equal(total.total(), expected)
 
 
+@pytest.mark.usefixtures("few_runs")
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_sum_added_to_another(seed: int, dtype: torch.dtype) -> None:
+    """As many pieces as there are, none, one, or one of all rows; rows of no piece stay as they are, bit for bit."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.empty(2, ROWS, HEADS, DIM, dtype=dtype)
+    share, wide = RowSum.like(x), torch.float64 if dtype == torch.float64 else torch.float32
+    before = torch.randn(x.shape, generator=generator, dtype=wide)
+    after, expected, touched = before.clone(), before.double(), torch.zeros(ROWS, dtype=torch.bool)
+    for piece in [WHOLE][: seed % 10 == 9] or pieces_of(seed, seed % 4):
+        rows = numbers_of(piece)
+        part = torch.randn((2, len(rows), HEADS, DIM), generator=generator).to(dtype)
+        expected[:, rows] += part.double()
+        touched[rows] = True
+        share.add(piece, laid_out(part, piece))
+    share.add_to(after)
+    assert_close(after, expected, dtype=wide)
+    assert torch.equal(after[:, ~touched], before[:, ~touched])
+
+
 def attention(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.softmax(scores, -1)
     return torch.einsum("blnm,bmnd->blnd", weights, values), torch.logsumexp(scores, -1)

@@ -157,10 +157,8 @@ class RingExchange(Exchange):
                 continue
             share = None
             if len(tasks):
-                sums = _blank(home)
-                yield Block(tasks, block, sums, owner)
-                share = _totals(sums)
-                del sums
+                share = _blank(home)
+                yield Block(tasks, block, share, owner)
             gradients.pass_on(step, share)
             del share
         gradients.settle()
@@ -210,7 +208,7 @@ class _TravellingGradients:
         self._travelling: Rows | None = None
         self._returning: Rows | None = None
 
-    def pass_on(self, step: int, share: Rows | None) -> None:
+    def pass_on(self, step: int, share: Sums | None) -> None:
         """Send the block's sum so far on its way, and start to receive what the next step continues."""
         size, rank = self.plan.cp_size, self.plan.rank
         total = self._with_arrived(share)
@@ -226,14 +224,16 @@ class _TravellingGradients:
             receives += _with_rank(self._returning, (rank + step) % size)
         self._transfer = collectives.post(sends, receives, self.group_name)
 
-    def _with_arrived(self, share: Rows | None) -> Rows | None:
+    def _with_arrived(self, share: Sums | None) -> Rows | None:
         """Wait for the transfer of the step before; the travelling sum with this rank's share in it."""
         self.settle()
         total, self._travelling = self._travelling, None
-        if total is None or share is None:
-            return share if total is None else total
+        if share is None:
+            return total
+        if total is None:
+            return _totals(share)
         for summed, part in zip(total, share, strict=True):
-            summed.add_(part)
+            part.add_to(summed)
         return total
 
     def settle(self) -> None:

@@ -199,14 +199,17 @@ class Transfer:
 
     def _wait_for_peers(self, at: Members) -> None:
         deadline = None if at.limit is None else time.monotonic() + at.limit
+        done = 0
         with ended_on_error(at):
-            for i, (peer, work) in enumerate(zip(self._peers, self._works, strict=True)):
-                try:
-                    _finish(work, deadline)
-                except RuntimeError as error:
-                    later = zip(self._peers[i + 1 :], self._works[i + 1 :], strict=True)
-                    others = [other for other, work in later if not _done(work)] if _is_late(error) else []
-                    raise _lost(at, [peer, *others], error) from error
+            try:
+                for work in self._works:
+                    if deadline is not None or work.wait() is False:  # which a second wait says as well
+                        _finish(work, deadline)
+                    done += 1
+            except RuntimeError as error:
+                later = zip(self._peers[done + 1 :], self._works[done + 1 :], strict=True)
+                others = [other for other, work in later if not _done(work)] if _is_late(error) else []
+                raise _lost(at, [self._peers[done], *others], error) from error
 
 
 def _finish(work: Any, deadline: float | None) -> None:
@@ -344,7 +347,7 @@ def post(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, i
         RankLostError: on gloo, the connection to a peer is closed.
     """
     outgoing = [(x.resolve_conj().resolve_neg().contiguous(), peer) for x, peer in sends if x.numel()]
-    incoming = [(_one_run(x), peer) for x, peer in receives if x.numel()]
+    incoming = [(x if x.is_contiguous() else _one_run(x), peer) for x, peer in receives if x.numel()]
     record_sent("send", sum(x.nbytes for x, _ in outgoing), len(outgoing))
     return _posted(outgoing, incoming, members(group_name)) if outgoing or incoming else Transfer()
 

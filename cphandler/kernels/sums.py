@@ -117,31 +117,34 @@ class _Accumulator:
         shape: of the rows.
         dtype: to add in.
         device: where they are.
+
+    Attributes:
+        made: the room; None while nothing has been written.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = tuple(shape), dtype, device
-        self._tensor: Tensor | None = None
+        self.made: Tensor | None = None
 
     def takes(self, part: Tensor) -> bool:
         """Make a part that covers all rows the accumulator itself, in its own dtype until more comes; if it can be."""
-        if self._tensor is not None or part.shape != self.shape:
+        if self.made is not None or part.shape != self.shape:
             return False
-        self._tensor = part.contiguous()
+        self.made = part.contiguous()
         return True
 
     @property
     def tensor(self) -> Tensor:
         """The rows, in the dtype to add in; whatever memory held where nothing was written."""
-        if self._tensor is None:
-            self._tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        elif self._tensor.dtype != self.dtype:
-            self._tensor = self._tensor.to(self.dtype)
-        return self._tensor
+        if self.made is None:
+            self.made = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        elif self.made.dtype != self.dtype:
+            self.made = self.made.to(self.dtype)
+        return self.made
 
     def at(self, rows: slice | Spaced) -> Tensor:
         """Some of the rows, to be written to."""
-        x = self._tensor
+        x = self.made
         if x is None or x.dtype != self.dtype:
             x = self.tensor
         return rows.of(x) if isinstance(rows, Spaced) else x[:, rows]
@@ -157,12 +160,15 @@ class _Accumulator:
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """The rows in another dtype; what came in it alone was never anything else."""
-        rows = self.tensor if self._tensor is None else self._tensor
+        rows = self.tensor if self.made is None else self.made
         return rows if rows.dtype == dtype else rows.to(dtype)
 
 
 class RowSum:
     """A sum of pieces of rows ``[B, L, ...]``; 0 where no piece was.
+
+    A first piece of some of the rows is left where it is until more comes: it may be all that there is to add to
+    another sum.
 
     Args:
         shape: of the rows.
@@ -172,6 +178,7 @@ class RowSum:
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self._covered, self._sum = _Covered(shape[1]), _Accumulator(shape, dtype, device)
+        self._alone: tuple[slice | Spaced, Tensor] | None = None
 
     @classmethod
     def like(cls, x: Tensor, dtype: torch.dtype | None = None) -> RowSum:
@@ -201,15 +208,26 @@ class RowSum:
             part: ``[B, n, ...]``, or ``[B, number, length, ...]`` where the rows lie apart, in the sum's dtype or a
                 narrower one. It may become the sum, and then be written to: a tensor that nobody else keeps.
         """
-        some, every = self._covered.of(rows)
-        whole = part.shape[1] == self._sum.shape[1]
+        if self._alone is not None:
+            self._write_down()
+        is_first = self._sum.made is None
+        some, every = (False, False) if is_first else self._covered.of(rows)
         if some and not every:
             self._sum.clear(self._covered.holes(rows))
         if some:
             self._sum.at(rows).add_(part)
-        elif not (whole and self._sum.takes(part)):
+        elif not is_first:
             self._sum.at(rows).copy_(part)
+        elif not (part.shape[1] == self._sum.shape[1] and self._sum.takes(part)):
+            self._alone = rows, part
         self._covered.mark(rows)
+
+    def _write_down(self) -> None:
+        """Put the piece that came alone among the rows."""
+        if self._alone is not None:
+            rows, part = self._alone
+            self._alone = None
+            self._sum.at(rows).copy_(part)
 
     def add_at(self, index: Tensor, part: Tensor) -> None:
         """Add a piece whose rows lie apart.
@@ -218,6 +236,7 @@ class RowSum:
             index: ``[n]`` different rows.
             part: ``[B, n, ...]`` in the sum's dtype or a narrower one.
         """
+        self._write_down()
         first = self._covered.none
         self._sum.clear(self._covered.holes(ALL))
         self._covered.mark(ALL)
@@ -226,9 +245,23 @@ class RowSum:
 
     def total(self, dtype: torch.dtype | None = None) -> Tensor:
         """The sum, contiguous, in its own dtype or another; nothing is to be added afterwards."""
+        if self._alone is not None:
+            self._write_down()
         if not self._covered.complete:
             self._sum.clear(self._covered.holes(ALL))
         return self._sum.rounded(dtype or self._sum.dtype)
+
+    def add_to(self, rows: Tensor) -> None:
+        """Add the sum to rows of the same shape, in place, a piece that is all of it to its own rows alone.
+
+        Args:
+            rows: ``[B, L, ...]`` in the sum's dtype.
+        """
+        if self._alone is None:
+            rows.add_(self.total())
+            return
+        where, part = self._alone
+        (where.of(rows) if isinstance(where, Spaced) else rows[:, where]).add_(part)
 
 
 class AttentionSum:

@@ -6,8 +6,9 @@ Two opaque custom ops, each the backward pass of the other. All parts of a call 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,9 @@ from cphandler.sharding.order import SequenceOrder
 
 Cuts: TypeAlias = "list[tuple[int, int]]"
 """``(first row, rows)`` of each message."""
+
+_Messages: TypeAlias = Sequence[Sequence[Sequence[Tensor]]]
+"""Per tensor, per rank, what each message holds."""
 
 
 @dataclass(frozen=True)
@@ -168,61 +172,95 @@ class _Order(NamedTuple):
         places: among the rank's own rows.
         tokens: among the rows of all ranks.
         in_place: the latter stand in global order; else in rank order.
+        rows: of each rank, where its rows are one message, and follow those of the rank before; else empty.
     """
 
     places: list[Cuts]
     tokens: list[Cuts]
     in_place: bool
+    rows: list[int]
 
     @classmethod
     def of(cls, runs: Tensor, ranks: int, rows: int) -> _Order:
-        """By runs, where a :class:`SequenceOrder` has them."""
-        if not runs.shape[0]:
-            return cls([[(0, rows)]] * ranks, [[(rank * rows, rows)] for rank in range(ranks)], in_place=False)
-        order = cls([[] for _ in range(ranks)], [[] for _ in range(ranks)], in_place=True)
-        for place, token, length in runs.tolist():
-            rank, local = divmod(place, rows)
-            order.places[rank].append((local, length))
-            order.tokens[rank].append((token, length))
-        return order
+        """By runs, where a :class:`SequenceOrder` has them; kept for all layers, and not to be written to."""
+        return _order_by(tuple(runs.flatten().tolist()), ranks, rows)
 
-    def messages(self, x: Tensor) -> list[list[Tensor]]:
+    def messages(self, x: Tensor) -> list[Sequence[Tensor]]:
         """Rows of all ranks ``[P * L, ...]`` as each rank's messages have them."""
-        if all(len(cuts) == 1 and cuts[0][0] == rank * cuts[0][1] for rank, cuts in enumerate(self.tokens)):
-            return [[part] for part in x.split_with_sizes([cuts[0][1] for cuts in self.tokens])]
+        if self.rows:
+            return [(part,) for part in x.split_with_sizes(self.rows)]
         return [[x.narrow(0, first, rows) for first, rows in cuts] for cuts in self.tokens]
 
 
-def _rows_of(x: Tensor, cuts: Cuts) -> list[Tensor]:
-    """``[rows, ...]`` of each cut of a rank's rows, which they cover."""
-    return [x] if len(cuts) == 1 else [x.narrow(0, first, rows) for first, rows in cuts]
+@lru_cache(maxsize=256)
+def _order_by(runs: tuple[int, ...], ranks: int, rows: int) -> _Order:
+    if not runs:
+        in_turn = [[(rank * rows, rows)] for rank in range(ranks)]
+        return _Order([[(0, rows)]] * ranks, in_turn, in_place=False, rows=[rows] * ranks)
+    places: list[Cuts] = [[] for _ in range(ranks)]
+    tokens: list[Cuts] = [[] for _ in range(ranks)]
+    for place, token, length in zip(runs[::3], runs[1::3], runs[2::3], strict=True):
+        rank, local = divmod(place, rows)
+        places[rank].append((local, length))
+        tokens[rank].append((token, length))
+    is_in_turn = all(cuts == [(rank * rows, rows)] for rank, cuts in enumerate(tokens))
+    return _Order(places, tokens, in_place=True, rows=[rows] * ranks if is_in_turn else [])
 
 
-def _heads_of(x: Tensor, ranges: list[tuple[int, int]]) -> Sequence[Tensor]:
-    """``[rows, B, heads, D]`` of each range, from all heads."""
-    if _are_apart(ranges):
-        parts: Sequence[Tensor] = x.split_with_sizes([stop - first for first, stop in ranges], 2)
-        return parts
-    return [x.narrow(2, first, stop - first) for first, stop in ranges]
+class _Heads(NamedTuple):
+    """Which heads of one tensor each rank computes.
+
+    Attributes:
+        ranges: ``[first, stop)`` of each rank.
+        sizes: how many.
+        apart: no two ranks have one in common: each range starts where the one before it stops.
+    """
+
+    ranges: list[tuple[int, int]]
+    sizes: list[int]
+    apart: bool
+
+    def of(self, x: Tensor) -> Sequence[Tensor]:
+        """``[rows, B, heads, D]`` of each rank, from all heads."""
+        if self.apart:
+            parts: Sequence[Tensor] = x.split_with_sizes(self.sizes, 2)
+            return parts
+        return [x.narrow(2, first, stop - first) for first, stop in self.ranges]
 
 
-def _are_apart(ranges: list[tuple[int, int]]) -> bool:
-    """Whether no two ranks have a head in common: then each range starts where the one before it stops."""
-    return all(after[0] >= before[1] for before, after in pairwise(ranges))
+def _heads_of(ranges: list[int], tensors: int) -> tuple[_Heads, ...]:
+    """Per tensor, which heads: what :func:`_flat` packed; kept for all layers, and not to be written to."""
+    return _heads_by(tuple(ranges), tensors)
+
+
+@lru_cache(maxsize=256)
+def _heads_by(ranges: tuple[int, ...], tensors: int) -> tuple[_Heads, ...]:
+    found = []
+    for pairs in _unflat(ranges, tensors):
+        apart = all(after[0] >= before[1] for before, after in pairwise(pairs))
+        found.append(_Heads(pairs, [stop - first for first, stop in pairs], apart))
+    return tuple(found)
+
+
+def _cut(parts: Iterable[Tensor], cuts: Cuts) -> list[Sequence[Tensor]]:
+    """``[rows, ...]`` of each cut of a rank's rows, which they cover, out of each tensor."""
+    if len(cuts) == 1:
+        return [(x,) for x in parts]
+    return [[x.narrow(0, first, rows) for first, rows in cuts] for x in parts]
 
 
 @operator("gather_seq_scatter_heads")
 def _to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
-    heads = _unflat(ranges, len(tensors))
-    size, rank, rows = len(heads[0]), collectives.members(group_name).rank, tensors[0].shape[1]
+    heads = _heads_of(ranges, len(tensors))
+    size, rank, rows = len(heads[0].sizes), collectives.members(group_name).rank, tensors[0].shape[1]
     order = _Order.of(runs, size, rows)
     leaving, arriving, result = [], [], []
     for x, wanted in zip(tensors, heads, strict=True):
-        parts = _heads_of(x.transpose(0, 1), wanted)
+        parts = wanted.of(x.transpose(0, 1))
         gathered = x.new_empty((size * rows, *parts[rank].shape[1:]))
-        leaving.append([_rows_of(part, order.places[rank]) for part in parts])
+        leaving.append(_cut(parts, order.places[rank]))
         arriving.append(order.messages(gathered))
         result.append(gathered)
     _trade(leaving, arriving, rank, group_name)
@@ -236,8 +274,8 @@ def _to_heads(
 def _to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
-    heads = _unflat(ranges, len(tensors))
-    size, rank = len(heads[0]), collectives.members(group_name).rank
+    heads = _heads_of(ranges, len(tensors))
+    size, rank = len(heads[0].sizes), collectives.members(group_name).rank
     rows = len(tokens) // size
     order = _Order.of(runs, size, rows)
     mine = order.places[rank]
@@ -245,21 +283,20 @@ def _to_tokens(
     for x, held in zip(tensors, heads, strict=True):
         ranked = x.transpose(0, 1) if order.in_place else _rank_major(x.transpose(0, 1), places, tokens)
         leaving.append(order.messages(ranked))
-        parts = [
-            None if peer == rank else x.new_empty((rows, x.shape[0], stop - first, x.shape[-1]))
-            for peer, (first, stop) in enumerate(held)
-        ]
-        arriving.append([leaving[-1][rank] if part is None else _rows_of(part, mine) for part in parts])
+        batch, channels = x.shape[0], x.shape[-1]
+        others = [number for peer, number in enumerate(held.sizes) if peer != rank]
+        arriving.append(_cut([x.new_empty((rows, batch, number, channels)) for number in others], mine))
+        arriving[-1].insert(rank, leaving[-1][rank])
     _trade(leaving, arriving, rank, group_name)
     return [_assembled(x, parts, mine, h) for x, parts, h in zip(tensors, arriving, heads, strict=True)]
 
 
-def _trade(leaving: list[list[list[Tensor]]], arriving: list[list[list[Tensor]]], rank: int, group_name: str) -> None:
+def _trade(leaving: _Messages, arriving: _Messages, rank: int, group_name: str) -> None:
     """Send each rank its rows of every tensor, and receive where they are read; one's own stay.
 
     Args:
-        leaving: per tensor, per rank, what each message holds.
-        arriving: the same of what comes.
+        leaving: what goes.
+        arriving: what comes.
         rank: this rank.
         group_name: the group.
     """
@@ -280,21 +317,20 @@ def _rank_major(x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     return x.index_select(0, tokens.clamp(min=0)).masked_fill_(pads, 0)
 
 
-def _assembled(x: Tensor, parts: list[list[Tensor]], cuts: Cuts, heads: list[tuple[int, int]]) -> Tensor:
+def _assembled(x: Tensor, parts: Sequence[Sequence[Tensor]], cuts: Cuts, heads: _Heads) -> Tensor:
     """Put the heads of each rank side by side, ``[B, L, N, D]``; add, in rank order, what several computed.
 
     Args:
         x: a tensor of the same batch, channels and dtype.
         parts: per rank, its heads of the rows of each cut, ``[rows, B, n, D]``.
         cuts: ``(first row, rows)`` of each.
-        heads: per rank, ``[first, stop)``.
+        heads: of each rank.
     """
-    shape = (x.shape[0], sum(rows for _, rows in cuts), heads[-1][1], x.shape[-1])
-    apart = _are_apart(heads)
-    total = x.new_empty(shape) if apart else x.new_zeros(shape, dtype=accumulator_dtype(x.dtype))
-    for pieces, share in zip(parts, _heads_of(total.transpose(0, 1), heads), strict=True):
-        for place, piece in zip(_rows_of(share, cuts), pieces, strict=True):
-            (place.copy_ if apart else place.add_)(piece)
+    shape = (x.shape[0], sum(rows for _, rows in cuts), heads.ranges[-1][1], x.shape[-1])
+    total = x.new_empty(shape) if heads.apart else x.new_zeros(shape, dtype=accumulator_dtype(x.dtype))
+    for pieces, places in zip(parts, _cut(heads.of(total.transpose(0, 1)), cuts), strict=True):
+        for place, piece in zip(places, pieces, strict=True):
+            (place.copy_ if heads.apart else place.add_)(piece)
     return total.to(x.dtype)
 
 
@@ -368,8 +404,9 @@ def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[
     mine = torch.cat([x.transpose(0, 1).reshape(-1) for x in tensors])
     received = collectives.all_to_all(mine.repeat(size), [counts[rank]] * size, counts, group_name).split(counts)
     arrived = [_views(flat, shape) for flat, shape in zip(received, shapes, strict=True)]
+    shares = _heads_of(ranges, len(tensors))
     return [
-        _assembled(x, [[views[i]] for views in arrived], [(0, x.shape[1])], heads[i]) for i, x in enumerate(tensors)
+        _assembled(x, [[views[i]] for views in arrived], [(0, x.shape[1])], shares[i]) for i, x in enumerate(tensors)
     ]
 
 
