@@ -11,10 +11,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -273,38 +275,111 @@ def _answer(late: bool, limit: float | None) -> str:
 
 
 _END_TAG = 720_720
-"""Tag of the message that is never sent. With several network devices gloo chooses one by the tag's remainder: this one
-goes where tag 0 goes, for any number of devices up to 16."""
+"""Tag of the word that a rank ends. With several network devices gloo chooses one by the tag's remainder: this one goes
+where tag 0 goes, for any number of devices up to 16."""
+
+_ANSWER_TAG = 2 * _END_TAG
+"""Tag of what gloo's own thread answers to it."""
+
+_NEVER_TAG = 3 * _END_TAG
+"""Tag of the message that is never sent."""
+
+_ANSWERED = 5.0
+"""Seconds that a rank that ends waits for answers: long beside what a busy machine needs to schedule a thread."""
 
 
-_SETTLING = 0.1
-"""Seconds until connections are closed.
+class _Watch:
+    """What a rank has posted with every other rank of a gloo group, so that each can end without leaving one untold.
 
-Gloo does not tell every peer that is busy with a message just then, and it waits until its limit: on overloaded cores
-1 of 1,300 ends with this pause, 7 of 1,400 without. The cause is not known."""
+    A message leaves when its receiver has asked for it. Where that one has closed the connection before gloo's thread
+    comes to write the message, or before all of it is written, gloo tells nobody who waits for it: it has left the list
+    of those that are told. So a rank that ends says so, and closes nothing before it is answered. The answers lie ready
+    on every rank: gloo's thread sends them, whatever the rank is busy with, and after all that was asked for before.
+    What is posted when the word has come may be lost: :func:`_posted` refuses it. Three messages of a byte to each
+    rank, once in a group.
+
+    Attributes:
+        ended: by rank of the group, not zero where it has said that it ends, or its connection was closed before.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        size = group.size()
+        self.ended = bytearray(size)
+        said, answer = torch.frombuffer(self.ended, dtype=torch.uint8), torch.ones(1, dtype=torch.uint8, device="cpu")
+        self._posted: list[Any] = [answer]
+        for rank in range(size):
+            if rank == group.rank():
+                continue
+            try:
+                self._posted.append(group.recv([said[rank : rank + 1]], rank, _END_TAG))
+                self._posted += [group.send([answer], rank, _ANSWER_TAG) for _ in range(2)]
+            except RuntimeError:
+                self.ended[rank] = 1
+
+
+_watches: dict[ref[dist.ProcessGroup], _Watch] = {}
+"""By the group: a `WeakKeyDictionary` makes two calls of Python for each message."""
+
+_watching = Lock()
+
+
+def _watch(group: dist.ProcessGroup) -> _Watch:
+    """To be called before a group's first message, by each rank for itself."""
+    with _watching:
+        found = _watches.get(ref(group))
+        if found is None:
+            found = _watches[ref(group, _forget)] = _Watch(group)
+        return found
+
+
+def _forget(group: ref[dist.ProcessGroup]) -> None:
+    _watches.pop(group, None)
 
 
 def _end(at: Members) -> list[int]:
-    """Close this rank's connections in a gloo group, so that whoever waits for it raises at once.
+    """Say that this rank ends, and close its connections in a gloo group, so that whoever waits for it raises at once.
 
     What was under way no longer reads or writes anybody's memory afterwards. Gloo closes a group's connections where a
     wait runs out of time: so this waits a millisecond for a message that nobody sends.
 
     Returns:
-        Ranks of the group whose connection had been closed before.
+        Ranks of the group that had ended before.
     """
-    time.sleep(_SETTLING)
-    waits, closed = [], []
-    for rank in range(dist.get_world_size(at.group)):
-        try:
-            if rank != at.peers[at.rank]:
-                nothing = torch.empty(1, dtype=torch.uint8, device="cpu")
-                waits.append(dist.irecv(nothing, group=at.group, group_src=rank, tag=_END_TAG))
-        except RuntimeError:
-            closed.append(rank)
-    for work in waits:
+    others = [rank for rank in range(at.group.size()) if rank != at.peers[at.rank]]
+    room = torch.ones(at.group.size(), dtype=torch.uint8, device="cpu")
+    watch = _watches.get(ref(at.group))
+    ended = set() if watch is None else {rank for rank in others if watch.ended[rank]}
+    never = _begun(at.group.recv, others, room, _NEVER_TAG)
+    ended.update(rank for rank in others if rank not in never)
+    if watch is not None:
+        deadline = time.monotonic() + _ANSWERED
+        words = _begun(at.group.send, list(never), room, _END_TAG)  # not waited for: they too may be lost
+        for _ in range(2):  # by the first answer the word has left, by the second it has come
+            if not _all_done(_begun(at.group.recv, list(words), room, _ANSWER_TAG), deadline):
+                break
+    for work in never.values():
         _done(work)
-    return closed
+    return sorted(ended)
+
+
+def _begun(move: Callable[..., Any], ranks: Sequence[int], room: Tensor, tag: int) -> dict[int, Any]:
+    """Sends or receives of a byte each, by rank, without those whose connection is closed."""
+    works = {}
+    for rank in ranks:
+        with suppress(RuntimeError):
+            works[rank] = move([room[rank : rank + 1]], rank, tag)
+    return works
+
+
+def _all_done(works: Mapping[int, Any], deadline: float) -> bool:
+    """Wait for all works or for their connections to close; False where that takes too long, and all are closed now."""
+    for work in works.values():
+        try:
+            _finish(work, deadline)
+        except RuntimeError as error:
+            if _is_late(error):
+                return False
+    return True
 
 
 class ended_on_error:  # noqa: N801 (used as contextlib's are, which take three times as long)
@@ -363,17 +438,21 @@ def _posted(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor
         receives = [(staging.arriving(_bytes(x)), peer) for x, peer in receives]
         staging.settle()
     group, ranks = at.group, at.peers
+    ended = (_watches.get(ref(group)) or _watch(group)).ended
     works, peer = [], 0
     with ended_on_error(at):
         try:  # the group's own methods: what `isend` and `irecv` do before them costs as much again
             for x, peer in sends:
                 works.append(group.send([x], ranks[peer], 0))
+                if ended[ranks[peer]]:
+                    raise RuntimeError("it has said that it ends")
             for x, peer in receives:
                 works.append(group.recv([x], ranks[peer], 0))
         except RuntimeError as error:
             raise _lost(at, [peer], error) from error
     tensors, peers = zip(*sends, *receives, strict=True)
-    return Transfer(works, tensors, at, peers, staging)
+    # receives are waited for first: gloo tells of a lost connection there, and not always where it writes
+    return Transfer(works[::-1], tensors, at, peers[::-1], staging)
 
 
 def _posted_together(
