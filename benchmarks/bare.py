@@ -138,7 +138,7 @@ def measure(work: Work) -> Sample:
             works[event.number] = [group.send([x], peer, 0) for x, peer in sends]
             works[event.number] += [group.recv([x], peer, 0) for x, peer in receives]
         else:
-            for each in works.pop(event.number):
+            for each in reversed(works.pop(event.number)):  # as the library does: receives first
                 each.wait()
     both, wall = time.process_time() - started, time.perf_counter() - started_wall
     in_kernels, own = clock.seconds - in_kernels, time.thread_time() - own
