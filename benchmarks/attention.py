@@ -89,6 +89,7 @@ def summary(run: Run, console: Console, *, thorough: bool) -> None:
         console.print(interval_table(run, ranks))
         if rivals(run, ranks)[1]:
             console.print(outside_table(run, ranks))
+        console.print("above these, in parts of the plain kernel's time", highlight=False)
         console.print(above_table(run, ranks))
 
 

@@ -216,7 +216,7 @@ def above_table(run: Run, ranks: int) -> Table:
     """What the library's backends take above their bare passes and floors."""
     ours, _ = rivals(run, ranks)
     found = [above(run, work) for work in ours]
-    table = _table(("above, in the plain kernel's time", *(work.name for work in ours)))
+    table = _table(("above", *(work.name for work in ours)))
     for name in ABOVE:
         cells = [each.get(name) for each in found]
         table.add_row(name, *("-" if c is None else f"{c.median:.3f} {c.low:.3f}-{c.high:.3f}" for c in cells))
