@@ -9,7 +9,7 @@ backend takes above that is the library's own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -174,10 +174,9 @@ def _arriving(nbytes: int, place: int) -> Tensor:
     return torch.zeros(nbytes, dtype=torch.uint8)
 
 
-_KEPT: tuple[Callable[..., Any], ...] = (watched, _steps, _leaving, _arriving)
-
-
 def forget() -> None:
     """Drop events and tensors."""
-    for kept in _KEPT:
-        kept.cache_clear()  # type: ignore[attr-defined]
+    watched.cache_clear()
+    _steps.cache_clear()
+    _leaving.cache_clear()
+    _arriving.cache_clear()

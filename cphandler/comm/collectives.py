@@ -526,6 +526,7 @@ def all_to_all(x: Tensor, send_counts: list[int], recv_counts: list[int], group_
         sent, arriving = staging.leaving(sent), staging.arriving(arriving)
         staging.settle()
     marks = _Marks(arriving.split(recv_counts), at.rank)
+    _watch(at.group)
     with ended_on_error(at):
         work = dist.all_to_all_single(arriving, sent, receives, sends, group=at.group, async_op=True)
         try:
