@@ -23,7 +23,8 @@ from benchmarks.floors import Call, Calls, tensors_of
 from benchmarks.kernel_clock import OPERATORS, kernel_clock
 from benchmarks.seats import Sample, fresh, written_bytes
 from benchmarks.works import Work
-from cphandler.comm import collectives
+from cphandler.comm import transfers
+from cphandler.comm.membership import Members
 
 
 class Message(NamedTuple):
@@ -102,22 +103,22 @@ def _calls(events: list[Event]) -> Iterator[None]:
 @contextmanager
 def _messages(events: list[Event]) -> Iterator[None]:
     """Write down each message, and each wait for some that were posted meanwhile."""
-    posted, wait = collectives._posted, collectives.Transfer.wait
-    numbers: dict[int, tuple[int, collectives.Transfer]] = {}
+    posted, wait = transfers.posted, transfers.Transfer.wait
+    numbers: dict[int, tuple[int, transfers.Transfer]] = {}
 
-    def posting(sends: Any, receives: Any, at: collectives.Members) -> collectives.Transfer:
+    def posting(sends: Any, receives: Any, at: Members) -> transfers.Transfer:
         transfer = posted(sends, receives, at)
         numbers[id(transfer)] = len(numbers), transfer  # held, so that no other one has its identity
         both = (tuple(Message(x.nbytes, at.peers[peer]) for x, peer in part) for part in (sends, receives))
         events.append(Post(len(numbers) - 1, *both))
         return transfer
 
-    def waiting(transfer: collectives.Transfer) -> None:
+    def waiting(transfer: transfers.Transfer) -> None:
         if id(transfer) in numbers:
             events.append(Wait(numbers[id(transfer)][0]))
         wait(transfer)
 
-    with patch.object(collectives, "_posted", posting), patch.object(collectives.Transfer, "wait", waiting):
+    with patch.object(transfers, "posted", posting), patch.object(transfers.Transfer, "wait", waiting):
         yield
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cphandler import Causal, record_traffic
 from cphandler.attention.loop import Indices, Scalars, attention
-from cphandler.comm.collectives import all_gather, all_to_all, exchange_rows, post, reduce_scatter, ring_shift
+from cphandler.comm.collectives import all_gather, all_to_all, exchange_rows, reduce_scatter, ring_shift
+from cphandler.comm.transfers import post
 from cphandler.layouts.layout import make_layout
 from cphandler.plan.plan import make_plan
 from cphandler.sharding.heads import HeadSplit, gather_heads_scatter_seq, gather_seq_scatter_heads

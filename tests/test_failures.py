@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from cphandler import CPConfig, Full, RankLostError, get_cp_handler_cls, register_kernel
-from cphandler.comm import collectives
-from cphandler.comm.collectives import limited_name, members, sub_group_name
+from cphandler.comm import collectives, transfers
+from cphandler.comm.endings import ended_on_error
 from cphandler.comm.groups import two_levels
+from cphandler.comm.membership import limited_name, members, sub_group_name
 from cphandler.kernels.reference import ReferenceKernel
 from cphandler.testing import RankPool, partition_group
 
@@ -204,7 +205,7 @@ def operations(name: str, rank: int) -> dict[str, Callable[[], Any]]:
         "reduce_scatter": lambda: collectives.reduce_scatter(x, name),
         "maximum": lambda: collectives.maximum(x, name),
         "ring_shift": lambda: collectives.ring_shift(x, 1, name),
-        "post": lambda: collectives.post([(x, (rank + 1) % 4)], [(x.clone(), (rank - 1) % 4)], name).wait(),
+        "post": lambda: transfers.post([(x, (rank + 1) % 4)], [(x.clone(), (rank - 1) % 4)], name).wait(),
     }
 
 
@@ -340,12 +341,12 @@ def raises_for_one_that_does_not_run() -> Told:
     collectives.agree(b"payload", name)
     process = torch.tensor([os.getpid()])
     dist.broadcast(process, 0)
-    sent = collectives.post([(part, 1) for part in parts], [], name) if rank == 0 else None
+    sent = transfers.post([(part, 1) for part in parts], [], name) if rank == 0 else None
     dist.barrier()
 
     def over_a_block() -> None:
-        with collectives.ended_on_error(name):
-            collectives.post([], [(part, 0) for part in parts], name)
+        with ended_on_error(name):
+            transfers.post([], [(part, 0) for part in parts], name)
             raise ArithmeticError("the kernel failed")
 
     if rank == 1:

@@ -107,6 +107,9 @@ def test_backends_never_import_each_other() -> None:
             assert not [i for i in imports_of(path) if i.startswith("backends")], name
 
 
+ABOUT_GROUPS = {"new_group", "get_backend_config", "group", "distributed_c10d"}
+
+
 def test_only_comm_calls_collectives() -> None:
     """Other modules may ask a group for its rank and size; data moves in one place."""
     allowed = {
@@ -119,11 +122,9 @@ def test_only_comm_calls_collectives() -> None:
         "is_initialized",
     }
     for name, path in modules().items():
-        if name == "comm.collectives" or room_of(name) in ("testing", "demo"):
+        if name in ("comm.collectives", "comm.transfers") or room_of(name) in ("testing", "demo"):
             continue
-        makes_groups = (
-            {"new_group", "get_backend_config", "group", "distributed_c10d"} if name == "comm.groups" else set()
-        )
+        makes_groups = ABOUT_GROUPS if name in ("comm.groups", "comm.membership") else set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dist":
                 assert node.attr in allowed | makes_groups, f"{name} uses dist.{node.attr}"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cphandler import Full, InvalidValueError, get_cp_handler_cls
-from cphandler.comm import collectives
-from cphandler.comm.collectives import sub_group_name
+from cphandler.comm import collectives, membership, transfers
+from cphandler.comm.membership import sub_group_name
 from cphandler.sharding.heads import HeadSplit, gather_heads_scatter_seq, gather_seq_scatter_heads
 from cphandler.sharding.order import SequenceOrder
 from cphandler.testing import RankPool, partition_group
@@ -223,7 +223,7 @@ def posted(case: Case, seat: Seat) -> None:
             shape, [5 if n == 1 else s for n, s in zip(shape, received.stride(), strict=True)]
         )
     before = (seat.rank - 1) % seat.size
-    collectives.post([(xs[seat.rank], other)], [(received, before)], seat.name).wait()
+    transfers.post([(xs[seat.rank], other)], [(received, before)], seat.name).wait()
     check(received, xs[before], "post")
 
 
@@ -255,17 +255,17 @@ def test_any_message(ranks: RankPool, messages: list[Case]) -> None:
 
 def as_on_other_transports() -> list[bytes]:
     """What NCCL is asked to do, done by gloo: collectives of torch, and sends in one batch."""
-    group, on_gloo = partition_group([range(4)]), collectives._on_gloo
+    group, on_gloo = partition_group([range(4)]), membership.on_gloo
     assert group is not None
     draw, plain = random.Random(5), Memory((2, 0, 1), (1, 2, 1), (3, 0, 5), 3, 1)
-    collectives._on_gloo = lambda *_: False
+    membership.on_gloo = lambda *_: False
     try:
         for size, moved, summed in itertools.product((2, 3, 4), ("int64", "float8_e5m2"), ("bfloat16", "float64")):
             counts = tuple(tuple(draw.choice((0, 1, 1, 3)) for _ in range(4)) for _ in range(4))
             whole_case(Case(size, draw.random() < 0.5, moved, summed, (1, 2), counts, plain, plain, draw.randrange(99)))
         return collectives.agree(bytes([1 + dist.get_rank(group)]), str(group.group_name))
     finally:
-        collectives._on_gloo = on_gloo
+        membership.on_gloo = on_gloo
 
 
 def test_any_message_as_on_other_transports(ranks: RankPool) -> None:
@@ -297,7 +297,7 @@ def special_views() -> None:
     check(collectives.all_gather(z.conj(), name), everyone.conj().resolve_conj(), "conjugate")
     check(collectives.all_gather(z.conj().imag, name), (-everyone.imag).contiguous(), "negative")
     received = torch.zeros(1, 2, dtype=z.dtype)
-    collectives.post([(z.conj(), (rank + 1) % 4)], [(received, (rank - 1) % 4)], name).wait()
+    transfers.post([(z.conj(), (rank + 1) % 4)], [(received, (rank - 1) % 4)], name).wait()
     check(received, everyone[(rank - 1) % 4][None].conj().resolve_conj(), "conjugate, posted")
 
 
@@ -327,7 +327,7 @@ def no_run_of_memory() -> str:
     group = partition_group([range(4)])
     assert group is not None
     with pytest.raises(InvalidValueError) as refused:
-        collectives.post([], [(torch.zeros(4, 4).T[:, :2], 0)], str(group.group_name))
+        transfers.post([], [(torch.zeros(4, 4).T[:, :2], 0)], str(group.group_name))
     return str(refused.value)
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 import torch
 
-from cphandler.comm import collectives
+from cphandler.comm import staging
 from cphandler.comm.staging import Staging
 from cphandler.testing import RankPool
 from cphandler.testing.cases import Case
@@ -34,7 +34,7 @@ class Lost(Staging):
 
 def staged(kind: type[Staging]) -> int:
     Counted.messages = 0
-    with mock.patch.object(collectives, "_staging", side_effect=lambda *_: kind()):
+    with mock.patch.object(staging, "through_host", side_effect=lambda *_: kind()):
         check_all(CASES)
         for case in CASES:
             check_gradients_of_movement(case)

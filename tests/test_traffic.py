@@ -28,7 +28,7 @@ from cphandler import (
     SlidingWindow,
     record_traffic,
 )
-from cphandler.comm import collectives
+from cphandler.comm import transfers
 from cphandler.layouts.layout import make_layout
 from cphandler.plan.plan import FROM, TO, Plan, make_plan
 from cphandler.testing import RankPool, assert_close, dense_gradients, visible_pairs
@@ -107,10 +107,10 @@ class Share:
 @contextmanager
 def watched() -> Iterator[Trip]:
     """Count what this rank sends and look at every batch of sends and receives."""
-    trip, post = Trip(), collectives.post
+    trip, post = Trip(), transfers.post
     held: set[StorageWeakRef] = set()
 
-    def looked_at(sends: Any, receives: Any, group_name: str) -> collectives.Transfer:
+    def looked_at(sends: Any, receives: Any, group_name: str) -> transfers.Transfer:
         trip.posts.append((len(sends), len(receives)))
         for tensor, _ in receives:
             trip.largest = max(trip.largest, tensor.numel())
@@ -118,12 +118,12 @@ def watched() -> Iterator[Trip]:
         trip.alive = max(trip.alive, sum(not storage.expired() for storage in held))
         return post(sends, receives, group_name)
 
-    collectives.post = looked_at
+    transfers.post = looked_at
     try:
         with record_traffic() as traffic:
             yield trip
     finally:
-        collectives.post = post
+        transfers.post = post
     trip.sent, trip.messages = traffic.sent_bytes, traffic.messages
 
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from cphandler.comm import collectives
+from cphandler.comm import collectives, transfers
+from cphandler.comm.endings import ended_on_error
 from cphandler.errors import InvalidValueError
 from cphandler.kernels.sums import ALL, FEW_RUNS, RowSum
 from cphandler.kernels.tables import DeviceTables
@@ -173,16 +174,16 @@ def _circulate(plan: Plan, rows: Rows, group_name: str) -> Iterator[tuple[int, R
     if not any(last):
         yield 0, rows
         return
-    collectives.connect(group_name, rows[0].device)
+    transfers.connect(group_name, rows[0].device)
     held, spare = rows, None
-    with collectives.ended_on_error(group_name):  # a caller that raises over a block never asks for the next one
+    with ended_on_error(group_name):  # a caller that raises over a block never asks for the next one
         for step in range(size):
             owner, upcoming = (rank - step) % size, (rank - step - 1) % size
             arriving: Rows = ()
             if step + 1 < size and last[upcoming] > step:
                 arriving = _room(rows) if spare is None else spare
                 spare = None
-            transfer = collectives.post(
+            transfer = transfers.post(
                 _with_rank(held, (rank + 1) % size) if last[owner] > step else [],
                 _with_rank(arriving, (rank - 1) % size),
                 group_name,
@@ -204,7 +205,7 @@ class _TravellingGradients:
     def __init__(self, plan: Plan, home: Sums, group_name: str) -> None:
         self.plan, self.home, self.group_name = plan, home, group_name
         self.first, self.last = plan.hops[:, 0].tolist(), plan.hops[:, 1].tolist()
-        self._transfer: collectives.Transfer | None = None
+        self._transfer: transfers.Transfer | None = None
         self._travelling: Rows | None = None
         self._returning: Rows | None = None
 
@@ -222,7 +223,7 @@ class _TravellingGradients:
         if step == self.last[rank]:
             self._returning = _room(self.home)
             receives += _with_rank(self._returning, (rank + step) % size)
-        self._transfer = collectives.post(sends, receives, self.group_name)
+        self._transfer = transfers.post(sends, receives, self.group_name)
 
     def _with_arrived(self, share: Sums | None) -> Rows | None:
         """Wait for the transfer of the step before; the travelling sum with this rank's share in it."""
@@ -298,8 +299,8 @@ def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
     if not len(plan.stages):
         yield -1, rows
         return
-    collectives.connect(route.group_name, rows[0].device)
-    with collectives.ended_on_error(route.group_name):  # a caller that raises over a block never asks for the next one
+    transfers.connect(route.group_name, rows[0].device)
+    with ended_on_error(route.group_name):  # a caller that raises over a block never asks for the next one
         upcoming = _posted(route, 0, rows)
         yield -1, rows
         for stage in range(len(plan.stages)):
@@ -309,18 +310,18 @@ def _staged(route: Route, rows: Rows) -> Iterator[tuple[int, Rows | None]]:
             yield stage, received
 
 
-def _posted(route: Route, stage: int, rows: Rows) -> tuple[collectives.Transfer, Rows | None]:
+def _posted(route: Route, stage: int, rows: Rows) -> tuple[transfers.Transfer, Rows | None]:
     """Start a stage: what is under way, and where what arrives will be; nothing after the last stage."""
     plan = route.plan
     if stage >= len(plan.stages):
-        return collectives.Transfer([], []), None
+        return transfers.Transfer([], []), None
     to, source = plan.stages[stage].tolist()
     received = None
     if source >= 0:
         received = _room(rows, int(plan.runs(stage, sent=False)[:, 1].sum()))
     sends = _with_rank(_packed_runs(route, rows, plan.runs(stage, sent=True)), to) if to >= 0 else []
     receives = [] if received is None else _with_rank(received, source)
-    return collectives.post(sends, receives, route.group_name), received
+    return transfers.post(sends, receives, route.group_name), received
 
 
 class _Returns:
@@ -328,7 +329,7 @@ class _Returns:
 
     def __init__(self, route: Route, home: Sums) -> None:
         self.route, self.home = route, home
-        self._transfer = collectives.Transfer([], [])
+        self._transfer = transfers.Transfer([], [])
         self._arriving: tuple[Table, Rows] | None = None
 
     def send(self, stage: int, grads: Rows | None) -> None:
@@ -344,7 +345,7 @@ class _Returns:
             arriving = _room(self.home, int(runs[:, 1].sum()), wire)
             self._arriving = runs, arriving
             receives = _with_rank(arriving, to)
-        self._transfer = collectives.post(sends, receives, self.route.group_name)
+        self._transfer = transfers.post(sends, receives, self.route.group_name)
 
     def settle(self) -> None:
         """Wait for what is under way, and add what has come home."""
@@ -406,7 +407,7 @@ class GatherExchange(Exchange):
     def backward(self, route: Route, rows: Rows, home: Sums) -> Iterator[Block]:
         """Gather again (a layer keeps only its own rows), yield the blocks, send their gradients home."""
         everyone = [_blank(home) for _ in range(route.plan.cp_size)]
-        with collectives.ended_on_error(route.group_name):
+        with ended_on_error(route.group_name):
             yield from _gathered_blocks(route, rows, everyone)
         for i, own in enumerate(home):
             own.add(ALL, _summed(route, [sums[i].total() for sums in everyone]))
@@ -447,8 +448,8 @@ def _summed(route: Route, parts: Sequence[Tensor]) -> Tensor:
     """The sum over ranks of this rank's part, in rank order; the own share never leaves the accumulator's dtype."""
     rank, wire = route.plan.rank, route.wire or parts[0].dtype
     everyone = [part if source == rank else torch.empty_like(part, dtype=wire) for source, part in enumerate(parts)]
-    collectives.connect(route.group_name, parts[0].device)
-    collectives.post(
+    transfers.connect(route.group_name, parts[0].device)
+    transfers.post(
         [(part.to(wire), peer) for peer, part in enumerate(parts) if peer != rank],
         [(part, peer) for peer, part in enumerate(everyone) if peer != rank],
         route.group_name,

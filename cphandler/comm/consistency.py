@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cphandler.comm import collectives
+from cphandler.comm.collectives import agree
 from cphandler.comm.groups import CPGroup
 from cphandler.comm.journal import Journal, journal_of
+from cphandler.comm.membership import members
 from cphandler.config import CPConfig
 from cphandler.errors import RankMismatchError
 from cphandler.tokens.intervals import Table
@@ -58,7 +59,7 @@ class Consistency:
 
     @property
     def _journal(self) -> Journal:
-        return journal_of(collectives.members(self._group.name).group)
+        return journal_of(members(self._group.name).group)
 
     def note(self, call: str) -> None:
         """Remember a call that is not compared before it is made.
@@ -103,7 +104,7 @@ class Consistency:
         self.pending = self._each_call
         status = "" if error is None else f"{type(error).__name__}: {error}"
         facts = {**facts, "calls before": str(self._journal)} if self._keeps_journal else facts
-        answers = [_unpacked(payload) for payload in collectives.agree(_packed(facts, status), self._group.name)]
+        answers = [_unpacked(payload) for payload in agree(_packed(facts, status), self._group.name)]
         if error is not None:
             return
         refused = {rank: words["refused"] for rank, (_, words) in enumerate(answers) if words.get("refused")}

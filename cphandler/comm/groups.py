@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from cphandler.comm.collectives import device_of, limited_name, maximum, sub_group_name
+from cphandler.comm.collectives import maximum
+from cphandler.comm.membership import device_of, limited_name, sub_group_name
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.tokens.counts import checked_count
 
@@ -75,7 +76,7 @@ class CPGroup:
     Attributes:
         size: ranks in the group (P).
         rank: this process's rank in it.
-        name: the name under which :mod:`cphandler.comm.collectives` finds it, its time limit included; empty where
+        name: the name under which :mod:`cphandler.comm.membership` finds it, its time limit included; empty where
             there is none.
         source: what the caller passed.
         degree: size of the inner dim of a 2-D mesh; None for anything else.

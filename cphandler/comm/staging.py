@@ -6,7 +6,10 @@ So several ranks may share one GPU over gloo, which NCCL refuses: for tests. Eve
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from cphandler.comm import membership
 
 
 class Staging:
@@ -38,6 +41,11 @@ class Staging:
         for host, x in self._arriving:
             x.copy_(host, non_blocking=True)
         self._arriving.clear()
+
+
+def through_host(device: torch.device, group: dist.ProcessGroup) -> Staging | None:
+    """Where messages of a device must pass through the host; None where they need not."""
+    return Staging() if device.type != "cpu" and membership.on_gloo(device, group) else None
 
 
 def _room(x: Tensor) -> Tensor:

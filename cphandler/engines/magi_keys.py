@@ -10,6 +10,7 @@ import torch
 
 from cphandler.comm import collectives
 from cphandler.comm.groups import CPGroup
+from cphandler.comm.membership import process_group
 from cphandler.engines.magi_package import MagiPackage
 from cphandler.engines.slices import KIND, KINDS
 from cphandler.errors import UnsupportedError
@@ -48,7 +49,7 @@ class MagiKeys:
             total_seqlen_k=length,
             **_named(heads),
             pad_size=0,  # deprecated there, and required
-            cp_group_or_mesh=collectives.process_group(group.name.partition("#")[0]),
+            cp_group_or_mesh=process_group(group.name.partition("#")[0]),
             dist_attn_config=package.config() if settings is None else settings,
         )
         self._check_flags()

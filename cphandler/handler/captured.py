@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cphandler.attention.capture import CAPTURED
 from cphandler.attention.fixed import FixedAttention, Limits
-from cphandler.comm.collectives import members, transports
+from cphandler.comm.membership import members, transports
 from cphandler.errors import InvalidTypeError, InvalidValueError, UnsupportedError
 from cphandler.handler.contract import ContextParallelHandler, FreqsMode, check_stream
 from cphandler.handler.layout_handler import LayoutHandler

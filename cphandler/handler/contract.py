@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cphandler.attention.options import OptionalArguments
-from cphandler.comm.collectives import device_of
 from cphandler.comm.groups import GroupSource, resolve_group
+from cphandler.comm.membership import device_of
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidTypeError, InvalidValueError, MissingPackageError, UnsupportedError
 from cphandler.handler.explanation import Algorithm, Explanation, Sample

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from cphandler.comm import collectives
+from cphandler.comm import collectives, transfers
+from cphandler.comm.membership import members
 from cphandler.operators import differentiable, fake, operator
 from cphandler.precision import accumulator_dtype
 from cphandler.sharding.order import SequenceOrder
@@ -254,7 +255,7 @@ def _to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
     heads = _heads_of(ranges, len(tensors))
-    size, rank, rows = len(heads[0].sizes), collectives.members(group_name).rank, tensors[0].shape[1]
+    size, rank, rows = len(heads[0].sizes), members(group_name).rank, tensors[0].shape[1]
     order = _Order.of(runs, size, rows)
     leaving, arriving, result = [], [], []
     for x, wanted in zip(tensors, heads, strict=True):
@@ -275,7 +276,7 @@ def _to_tokens(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
     heads = _heads_of(ranges, len(tensors))
-    size, rank = len(heads[0].sizes), collectives.members(group_name).rank
+    size, rank = len(heads[0].sizes), members(group_name).rank
     rows = len(tokens) // size
     order = _Order.of(runs, size, rows)
     mine = order.places[rank]
@@ -301,10 +302,10 @@ def _trade(leaving: _Messages, arriving: _Messages, rank: int, group_name: str) 
         group_name: the group.
     """
     peers = [peer for peer in range(len(leaving[0])) if peer != rank]
-    collectives.connect(group_name, leaving[0][0][0].device)
+    transfers.connect(group_name, leaving[0][0][0].device)
     sends = [(part, peer) for peer in peers for parts in leaving for part in parts[peer]]
     receives = [(place, peer) for peer in peers for parts in arriving for place in parts[peer]]
-    collectives.post(sends, receives, group_name).wait()
+    transfers.post(sends, receives, group_name).wait()
 
 
 def _rank_major(x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
@@ -338,7 +339,7 @@ def _assembled(x: Tensor, parts: Sequence[Sequence[Tensor]], cuts: Cuts, heads: 
 def _fake_to_heads(
     tensors: list[Tensor], ranges: list[int], places: Tensor, tokens: Tensor, runs: Tensor, group_name: str
 ) -> list[Tensor]:
-    rank = collectives.members(group_name).rank
+    rank = members(group_name).rank
     shapes = _shapes(tensors, _unflat(ranges, len(tensors)), rank, places.shape[0])
     return [x.new_empty(shape).transpose(0, 1) for x, shape in zip(tensors, shapes, strict=True)]
 
@@ -395,7 +396,7 @@ def _unslice(tensors: list[Tensor], ranges: list[int], group_name: str) -> list[
     if len({x.dtype for x in tensors}) > 1:
         return [part for one in _one_by_one(tensors, ranges) for part in _unslice(*one, group_name)]
     heads = _unflat(ranges, len(tensors))
-    size, rank = len(heads[0]), collectives.members(group_name).rank
+    size, rank = len(heads[0]), members(group_name).rank
     shapes = [
         [shape for x, h in zip(tensors, heads, strict=True) for shape in _shapes([x], [h], peer, x.shape[1])]
         for peer in range(size)
@@ -437,7 +438,7 @@ def _slice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 def _unslice_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    rank = collectives.members(ctx.group_name).rank
+    rank = members(ctx.group_name).rank
     return _sliced(list(grads), ctx.ranges, rank, ctx.group_name), None, None
 
 

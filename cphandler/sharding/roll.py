@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cphandler.comm import collectives
+from cphandler.comm import collectives, transfers
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.sharding.dispatch import as_movable, filler, restored
 from cphandler.sharding.shard import Shard
@@ -112,7 +112,7 @@ def roll(tensor: Tensor, dim: int, route: RollRoute, fill_value: float, group_na
     rolled = bits.new_full(shape, filler(fill_value, tensor))
     rolled = rolled.index_copy(dim, route.kept_targets, bits.index_select(dim, route.kept_sources))
     if len(route.send_counts) > 1:
-        collectives.connect(group_name, tensor.device)
+        transfers.connect(group_name, tensor.device)
     if any(route.send_counts) or any(route.recv_counts):
         sent = bits.index_select(dim, route.sources).movedim(dim, 0)
         arrived = collectives.exchange_rows(sent, route.send_counts, route.recv_counts, group_name)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from cphandler.comm.collectives import agree, transports
+from cphandler.comm.collectives import agree
 from cphandler.comm.consistency import shortened
 from cphandler.comm.groups import CPGroup, world_group
+from cphandler.comm.membership import transports
 from cphandler.errors import InvalidTypeError, InvalidValueError, RankMismatchError
 from cphandler.tokens.counts import checked_count
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from cphandler.attention import attention
-from cphandler.comm import collectives
+from cphandler.comm import transfers
 from cphandler.handler import layout_handler
 from cphandler.operators import functions
 from tests.doubles import flash, packages
@@ -123,7 +123,7 @@ class _Transfer:
 @contextmanager
 def captured() -> Iterator[Graph]:
     """What runs here is recorded, and the library believes that CPU tensors are captured."""
-    graph, post = Graph(), collectives.post
+    graph, post = Graph(), transfers.post
 
     def posted(sends: Any, receives: Any, group_name: str) -> Any:
         return _Transfer(lambda: post(sends, receives, group_name).wait(), graph)
@@ -132,7 +132,7 @@ def captured() -> Iterator[Graph]:
     with (
         mock.patch.multiple(attention, **believes),
         mock.patch.multiple(layout_handler, **believes),
-        mock.patch.object(collectives, "post", posted),
+        mock.patch.object(transfers, "post", posted),
         mock.patch.object(packages, "_forward", graph.leaf(packages._forward)),
         mock.patch.object(packages, "_backward", graph.leaf(packages._backward)),
         graph,
