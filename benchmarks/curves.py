@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,13 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from benchmarks.model import Row
 
+APART = "apart"
+"""The run of ranks that do all of one rank's work each: a limit, not a competitor."""
+
 MEASURES: tuple[tuple[str, Callable[[Row], float]], ...] = (
     ("tokens per second", lambda row: row.tokens_per_second),
     ("CPU seconds, to one rank", lambda row: row.cpu_ratio),
-    ("peak MiB of a rank", lambda row: (row.peak_bytes or 0) / 2**20),
+    ("peak MiB of a rank", lambda row: math.nan if row.peak_bytes is None else row.peak_bytes / 2**20),
 )
 """What is drawn, one line of axes for each."""
 
@@ -30,7 +34,8 @@ def draw(rows: Sequence[Row], path: Path, at_ranks: int, at_tokens: int) -> None
         at_tokens: tokens while ranks grow.
     """
     kinds = list(dict.fromkeys(row.documents for row in rows))
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.run for row in rows if row.ranks > 1))}
+    named = dict.fromkeys(row.run for row in rows if row.ranks > 1 and row.run != APART)
+    colors = {APART: "gray"} | {name: f"C{i}" for i, name in enumerate(named)}
     figure = Figure(figsize=(3.4 * 2 * len(kinds), 8.5), layout="constrained")
     grid = figure.subplots(len(MEASURES), 2 * len(kinds), squeeze=False, sharey="row")
     for i, kind in enumerate(kinds):
@@ -70,7 +75,8 @@ def draw_lines(
     axes.plot(xs, ys, ":" if level else ".:", color="black", label="one rank")
     for name, color in colors.items():
         own = sorted((row for row in rows if row.run == name), key=place)
-        axes.plot([place(row) for row in own], [value(row) for row in own], ".-", color=color, label=name)
+        style = ".:" if name == APART else ".-"
+        axes.plot([place(row) for row in own], [value(row) for row in own], style, color=color, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{number:,.0f}" for number in places], fontsize="small")
     axes.minorticks_off()

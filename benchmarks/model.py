@@ -3,12 +3,12 @@
 Every step has a new batch. Prints, per documents, tokens and ranks, the global tokens per second, the wall time of a
 step (slowest rank) and its speedup over one rank, CPU seconds summed over ranks and as a ratio to one rank's, the same
 as if every rank took as long as the slowest, the bytes all ranks sent, and the most memory that a step's tensors take
-on a rank. Medians of interleaved steps, ratios taken batch by batch; one thread a rank.
+on a rank. Medians of interleaved steps, ratios taken batch by batch; one thread a rank. In a row called apart each rank
+does all of one rank's work and sends nothing, and what it takes is divided by the ranks: the most that the cores give.
 
     python -m benchmarks.model                                  # S grows on 2 ranks, ranks grow at 4096 tokens
     python -m benchmarks.model --documents dense --run ring@zigzag --run ring@balanced --plot model.png
-    python -m benchmarks.model --speedup                        # 2 ranks beside one, 8192 tokens, 20 steps; in the
-                                                                # last row each of 2 does all work, and sends nothing
+    python -m benchmarks.model --speedup                        # 2 ranks beside one, 8192 tokens, 20 steps
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ from rich.table import Table
 from benchmarks.allocator import ALLOCATOR
 from benchmarks.batches import KINDS, batches
 from benchmarks.steps import (
+    Apart,
     Sample,
     exact,
     forget,
@@ -88,7 +90,7 @@ class Row:
         ranks: how many.
         run: backend and layout.
         tokens_per_second: global.
-        step_seconds: wall time of the slowest rank; of :data:`~benchmarks.steps.APART` a rank's share of it.
+        step_seconds: wall time of the slowest rank; apart, a rank's share of it.
         speedup: one rank's wall time to that.
         cpu_seconds: summed over ranks.
         cpu_ratio: of these to one rank's.
@@ -145,7 +147,7 @@ def held(
 def rows_of(
     contest: Contest,
     given: Sequence[dict[str, Any]],
-    samples: dict[RunSettings | str, list[list[Sample]]],
+    samples: dict[RunSettings | Apart, list[list[Sample]]],
     peaks: dict[RunSettings, int | None],
 ) -> Iterator[Row]:
     """What each run came to.
@@ -161,7 +163,7 @@ def rows_of(
     own_wall = [max(sample.seconds for sample in ranks) for ranks in alone]
     tokens = [int(batch["cu_seqlens"][-1]) for batch in given]
     for run, taken in samples.items():
-        count, times = len(taken[0]), len(taken[0]) if isinstance(run, str) else 1  # apart, each does all of the work
+        count, times = len(taken[0]), len(taken[0]) if isinstance(run, Apart) else 1  # apart, each does all
         wall = [max(sample.seconds for sample in ranks) / times for ranks in taken]
         cpu = [sum(sample.cpu_seconds for sample in ranks) / times for ranks in taken]
         slowest = [count * max(sample.cpu_seconds for sample in ranks) / times for ranks in taken]
@@ -170,7 +172,7 @@ def rows_of(
             contest.seq_len,
             statistics.fmean(len(batch["cu_seqlens"]) - 1 for batch in given),
             count,
-            run if isinstance(run, str) else label(run),
+            label(run),
             statistics.median(n / seconds for n, seconds in zip(tokens, wall, strict=True)),
             statistics.median(wall),
             ratio(own_wall, wall),
@@ -178,7 +180,7 @@ def rows_of(
             ratio(cpu, own_cpu),
             ratio(slowest, own_cpu),
             statistics.fmean(sum(sample.sent_bytes for sample in ranks) for ranks in taken),
-            None if isinstance(run, str) else peaks[run],
+            None if isinstance(run, Apart) else peaks[run],
         )
 
 
@@ -187,16 +189,15 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def measured(
-    contest: Contest, pools: dict[int, RankPool], steps: int, seed: int, *, memory: bool, apart: int = 0
-) -> list[Row]:
-    """A contest's rows."""
+def measured(contest: Contest, pools: dict[int, RankPool], steps: int, seed: int, *, memory: bool) -> list[Row]:
+    """A contest's rows, and for each number of ranks one apart."""
     given = batches(contest.kind, contest.seq_len, steps + 1, seed)
     peaks = held(contest, given[0], pools, memory=memory)
-    samples = in_turns(contest.runs, given, pools, apart=apart)
+    counts = sorted({run.cp_size for run in contest.runs} - {1})
+    samples = in_turns(contest.runs, given, pools, apart=counts)
     for pool in pools.values():
         pool.run(forget)
-    return list(rows_of(contest, given[1:], samples, peaks))
+    return sorted(rows_of(contest, given[1:], samples, peaks), key=attrgetter("ranks"))
 
 
 def empty(title: str, headers: Sequence[str]) -> Table:
@@ -213,7 +214,7 @@ def add_rows(table: Table, rows: Sequence[Row]) -> None:
         memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
         times = f"{row.tokens_per_second:,.0f}", f"{1e3 * row.step_seconds:,.0f}", f"{row.speedup:.2f}"
         cpu = f"{row.cpu_seconds:.2f}", f"{row.cpu_ratio:.2f}", f"{row.slowest_ratio:.2f}"
-        sent = f"{row.sent_bytes / 2**20:,.1f}" if row.ranks > 1 else "-"
+        sent = f"{row.sent_bytes / 2**20:,.1f}" if row.sent_bytes else "-"
         batch = f"{row.tokens:,}", f"{row.count:.0f}"
         table.add_row(*batch, str(row.ranks), row.run, *times, *cpu, sent, memory)
     table.add_section()
@@ -224,7 +225,7 @@ def show_speedup(contest: Contest, pools: dict[int, RankPool], steps: int, seed:
 
     In the last row two ranks do one rank's work each, and send nothing: two cores of this machine give no more.
     """
-    rows = measured(contest, pools, steps, seed, memory=False, apart=2)
+    rows = measured(contest, pools, steps, seed, memory=False)
     table = empty(f"{KINDS[contest.kind]}: {contest.seq_len} tokens, medians of {steps} interleaved steps", TWOS)
     for row in rows:
         asked = SPEEDUP.get(row.run) if row.ranks > 1 else None
@@ -309,7 +310,10 @@ def main(
                 rows += show_speedup(contest, pools, counted, seed, console)
         else:
             rows = show(chosen, pools, counted, seed, console)
-            console.print("x: to one rank. slow: the slowest rank times the ranks. peak: beside weights, largest rank.")
+            console.print(
+                "x: to one rank. slow: the slowest rank times the ranks. peak: beside weights, largest rank.\n"
+                "apart: each rank does all of one rank's work and sends nothing; a rank's share of what that takes."
+            )
     if json_file is not None:
         write_json(json_file, rows, {"steps": counted, "layers": layers, "seed": seed})
     if plot is not None:

@@ -206,18 +206,30 @@ def run_named(name: str, cp_size: int, base: RunSettings) -> RunSettings:
     return replace(base, backend=backend, cp_size=cp_size, layout=layout)
 
 
-def label(settings: RunSettings) -> str:
+@dataclass(frozen=True)
+class Apart:
+    """A run in which every rank does the whole of one rank's work and sends nothing: what the cores give at once.
+
+    Attributes:
+        cp_size: ranks.
+    """
+
+    cp_size: int
+
+
+def label(settings: RunSettings | Apart) -> str:
     """How tables and plots call a run; the number of ranks stands beside it."""
+    if isinstance(settings, Apart):
+        return "apart"
     return "one rank" if settings.cp_size == 1 else f"{settings.backend}@{settings.layout}"
 
 
-APART = "one rank, apart"
-"""Names the run in which every rank of a pool does the whole of one rank's work: what its cores give at once."""
-
-
 def in_turns(
-    runs: Sequence[RunSettings], given: Sequence[dict[str, Any]], pools: dict[int, RankPool], *, apart: int = 0
-) -> dict[RunSettings | str, list[list[Sample]]]:
+    runs: Sequence[RunSettings],
+    given: Sequence[dict[str, Any]],
+    pools: dict[int, RankPool],
+    apart: Sequence[int] = (),
+) -> dict[RunSettings | Apart, list[list[Sample]]]:
     """Every run's samples, a list of ranks for each batch; the first batch warms up and is not counted.
 
     All runs train on a batch before any goes on to the next one, each time another first.
@@ -226,15 +238,14 @@ def in_turns(
         runs: the competitors, one rank first.
         given: the batches.
         pools: of so many ranks.
-        apart: so many ranks do the whole of the first run's work beside each other, as :data:`APART`; 0 for none.
+        apart: numbers of ranks that also do the whole of the first run's work each.
     """
-    turns: list[tuple[RunSettings | str, RankPool, Any, RunSettings]]
-    turns = [(run, pools[run.cp_size], step, run) for run in runs]
-    if apart:
-        turns.append((APART, pools[apart], step_apart, runs[0]))
-    samples: dict[RunSettings | str, list[list[Sample]]] = {run: [] for run, *_ in turns}
+    turns: list[tuple[RunSettings | Apart, Any, RunSettings]]
+    turns = [(run, step, run) for run in runs]
+    turns += [(Apart(count), step_apart, runs[0]) for count in apart]
+    samples: dict[RunSettings | Apart, list[list[Sample]]] = {run: [] for run, *_ in turns}
     for i, batch in enumerate(given):
         first = i % len(turns)
-        for run, pool, function, settings in (*turns[first:], *turns[:first]):
-            samples[run].append(pool.run(function, settings, batch))
+        for run, function, settings in (*turns[first:], *turns[:first]):
+            samples[run].append(pools[run.cp_size].run(function, settings, batch))
     return {run: taken[1:] for run, taken in samples.items()}

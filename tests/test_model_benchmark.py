@@ -15,7 +15,7 @@ from benchmarks import model
 from benchmarks.batches import batches, pile_lengths
 from benchmarks.model import Contest, rows_of, sizes
 from benchmarks.packs import packs
-from benchmarks.steps import APART, Sample, Trainer, exact, refuse_wrong, run_named
+from benchmarks.steps import Apart, Sample, Trainer, exact, refuse_wrong, run_named
 from cphandler.demo.model import GPTConfig
 from cphandler.demo.training import RunSettings
 from cphandler.errors import InvalidValueError
@@ -32,8 +32,9 @@ def test_steps_beside_one_rank(
     named = {"documents": ["pile"], "run": ["p2p@balanced"], "json_file": rows, "plot": picture}
     model.main(**named, seq_len=[512], at_tokens=512, ranks=[2], layers=1, steps=2)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 110
-    alone, pair = json.loads(rows.read_text())["rows"]
+    alone, pair, apart = json.loads(rows.read_text())["rows"]
     assert (alone["run"], pair["run"], pair["ranks"]) == ("one rank", "p2p@balanced", 2)
+    assert (apart["run"], apart["ranks"], apart["sent_bytes"]) == ("apart", 2, 0)
     assert alone["cpu_ratio"] == alone["speedup"] == 1.0
     assert alone["sent_bytes"] == 0
     assert 0 < pair["peak_bytes"] < 0.75 * alone["peak_bytes"], "half the rows on each rank"
@@ -42,13 +43,13 @@ def test_steps_beside_one_rank(
 
 def test_ranks_apart_do_all_the_work_each() -> None:
     given = batches("dense", 64, 2)
-    samples: dict[RunSettings | str, list[list[Sample]]] = {
+    samples: dict[RunSettings | Apart, list[list[Sample]]] = {
         SMALL: [[Sample(1.0, 0.9, 0, 0.0, 0.0)], [Sample(2.0, 1.8, 0, 0.0, 0.0)]],
-        APART: [[Sample(t, 0.9 * t, 0, 0.0, 0.0) for t in (1.0, 1.25)], [Sample(2.5, 2.25, 0, 0.0, 0.0)] * 2],
+        Apart(2): [[Sample(t, 0.9 * t, 0, 0.0, 0.0) for t in (1.0, 1.25)], [Sample(2.5, 2.25, 0, 0.0, 0.0)] * 2],
     }
     alone, apart = rows_of(Contest("dense", 64, (SMALL,)), given, samples, {SMALL: 7})
     assert (alone.speedup, alone.peak_bytes) == (1.0, 7)
-    assert (apart.run, apart.ranks, apart.peak_bytes) == (APART, 2, None)
+    assert (apart.run, apart.ranks, apart.peak_bytes) == ("apart", 2, None)
     assert apart.speedup == pytest.approx(2 / 1.25)
     assert apart.tokens_per_second == pytest.approx(statistics.median([64 / 0.625, 64 / 1.25]))
     assert apart.ranks / apart.slowest_ratio == pytest.approx(2 / 1.25)
