@@ -2,9 +2,10 @@
 
 Every step has a new batch. Prints, per documents, tokens and ranks, the global tokens per second, the wall time of a
 step (slowest rank) and its speedup over one rank, CPU seconds summed over ranks and as a ratio to one rank's, the same
-as if every rank took as long as the slowest, the bytes all ranks sent, and the most memory that a step's tensors take
-on a rank. Medians of interleaved steps, ratios taken batch by batch; one thread a rank. In a row called apart each rank
-does all of one rank's work and sends nothing, and what it takes is divided by the ranks: the most that the cores give.
+as if every rank took as long as the slowest, those of what every rank does in full (handler and plan, sum of gradients,
+AdamW), the bytes all ranks sent, and the most memory that a step's tensors take on a rank. Medians of interleaved
+steps, ratios taken batch by batch; one thread a rank. In a row called apart each rank does all of one rank's work and
+sends nothing, and what it takes is divided by the ranks: the most that the cores give.
 
     python -m benchmarks.model                                  # S grows on 2 ranks, ranks grow at 4096 tokens
     python -m benchmarks.model --documents dense --run ring@zigzag --run ring@balanced --plot model.png
@@ -59,7 +60,7 @@ WIDTH = 108
 
 COLUMNS = (
     *("tokens", "docs", "ranks", "run", "tokens\n/ s", "step\nms", "speed\nup"),
-    *("CPU\ns", "CPU\nx", "slow\nx", "sent\nMiB", "peak\nMiB"),
+    *("CPU\ns", "CPU\nx", "slow\nx", "fixed\nms", "sent\nMiB", "peak\nMiB"),
 )
 TWOS = ("run, 2 ranks", "step ms", "speedup", "asked", "CPU s", "by CPU,\nslowest rank", "by CPU,\nsum of ranks")
 
@@ -95,6 +96,7 @@ class Row:
         cpu_seconds: summed over ranks.
         cpu_ratio: of these to one rank's.
         slowest_ratio: CPU seconds of the slowest rank times the ranks, to one rank's.
+        fixed_seconds: CPU seconds, summed over ranks, of what every rank does in full: plan, sum of gradients, AdamW.
         sent_bytes: of all ranks, for context parallelism.
         peak_bytes: most bytes of tensors that a step takes on the largest rank; None where it was not measured.
     """
@@ -110,6 +112,7 @@ class Row:
     cpu_seconds: float
     cpu_ratio: float
     slowest_ratio: float
+    fixed_seconds: float
     sent_bytes: float
     peak_bytes: int | None
 
@@ -179,6 +182,7 @@ def rows_of(
             statistics.median(cpu),
             ratio(cpu, own_cpu),
             ratio(slowest, own_cpu),
+            statistics.median(sum(sample.fixed_seconds for sample in ranks) / times for ranks in taken),
             statistics.fmean(sum(sample.sent_bytes for sample in ranks) for ranks in taken),
             None if isinstance(run, Apart) else peaks[run],
         )
@@ -214,9 +218,10 @@ def add_rows(table: Table, rows: Sequence[Row]) -> None:
         memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}"
         times = f"{row.tokens_per_second:,.0f}", f"{1e3 * row.step_seconds:,.0f}", f"{row.speedup:.2f}"
         cpu = f"{row.cpu_seconds:.2f}", f"{row.cpu_ratio:.2f}", f"{row.slowest_ratio:.2f}"
+        fixed = f"{1e3 * row.fixed_seconds:.0f}"
         sent = f"{row.sent_bytes / 2**20:,.1f}" if row.sent_bytes else "-"
         batch = f"{row.tokens:,}", f"{row.count:.0f}"
-        table.add_row(*batch, str(row.ranks), row.run, *times, *cpu, sent, memory)
+        table.add_row(*batch, str(row.ranks), row.run, *times, *cpu, fixed, sent, memory)
     table.add_section()
 
 
@@ -312,6 +317,7 @@ def main(
             rows = show(chosen, pools, counted, seed, console)
             console.print(
                 "x: to one rank. slow: the slowest rank times the ranks. peak: beside weights, largest rank.\n"
+                "fixed: CPU of handler and plan, sum of gradients and AdamW, in full on every rank.\n"
                 "apart: each rank does all of one rank's work and sends nothing; a rank's share of what that takes."
             )
     if json_file is not None:

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.waits import record_waits
 from cphandler import get_cp_handler_cls, record_traffic
 from cphandler.demo.model import GPT
-from cphandler.demo.step import training_step
+from cphandler.demo.step import batch_gradient, sum_gradients, training_step
 from cphandler.demo.training import RunSettings, flat
 from cphandler.errors import InvalidValueError
 from cphandler.testing import RankPool, relative_error
@@ -45,6 +45,8 @@ class Sample:
     Attributes:
         seconds: wall time.
         cpu_seconds: of all threads of the process.
+        fixed_seconds: of these in the handler and its plan, the sum of gradients and the optimizer: as much on any
+            number of ranks.
         sent_bytes: payload sent for context parallelism; the sum of gradients is not counted.
         exposed_seconds: blocked in waits for transfers of context parallelism.
         summing_seconds: in the sum of gradients over ranks.
@@ -52,6 +54,7 @@ class Sample:
 
     seconds: float
     cpu_seconds: float
+    fixed_seconds: float
     sent_bytes: int
     exposed_seconds: float
     summing_seconds: float
@@ -87,10 +90,14 @@ class Trainer:
             started, cpu_started = time.perf_counter(), time.process_time()
             handler = self._settings.handler(batch, self._group)
             self._optimizer.zero_grad()
-            training_step(self._model, batch, handler, "cpu")
+            shared = -time.process_time()
+            batch_gradient(self._model, batch, handler, "cpu")
+            shared += time.process_time()
+            if handler.cp_size > 1:
+                sum_gradients(self._model, [handler.group])
             self._optimizer.step()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-        return Sample(seconds, cpu_seconds, traffic.sent_bytes, waits.exposed, waits.summing)
+        return Sample(seconds, cpu_seconds, cpu_seconds - shared, traffic.sent_bytes, waits.exposed, waits.summing)
 
 
 @lru_cache(maxsize=64)

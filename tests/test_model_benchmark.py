@@ -44,14 +44,18 @@ def test_steps_beside_one_rank(
 def test_ranks_apart_do_all_the_work_each() -> None:
     given = batches("dense", 64, 2)
     samples: dict[RunSettings | Apart, list[list[Sample]]] = {
-        SMALL: [[Sample(1.0, 0.9, 0, 0.0, 0.0)], [Sample(2.0, 1.8, 0, 0.0, 0.0)]],
-        Apart(2): [[Sample(t, 0.9 * t, 0, 0.0, 0.0) for t in (1.0, 1.25)], [Sample(2.5, 2.25, 0, 0.0, 0.0)] * 2],
+        SMALL: [[Sample(1.0, 0.9, 0.1, 0, 0.0, 0.0)], [Sample(2.0, 1.8, 0.2, 0, 0.0, 0.0)]],
+        Apart(2): [
+            [Sample(t, 0.9 * t, 0.1, 0, 0.0, 0.0) for t in (1.0, 1.25)],
+            [Sample(2.5, 2.25, 0.3, 0, 0.0, 0.0)] * 2,
+        ],
     }
     alone, apart = rows_of(Contest("dense", 64, (SMALL,)), given, samples, {SMALL: 7})
     assert (alone.speedup, alone.peak_bytes) == (1.0, 7)
     assert (apart.run, apart.ranks, apart.peak_bytes) == ("apart", 2, None)
     assert apart.speedup == pytest.approx(2 / 1.25)
     assert apart.tokens_per_second == pytest.approx(statistics.median([64 / 0.625, 64 / 1.25]))
+    assert (alone.fixed_seconds, apart.fixed_seconds) == pytest.approx((0.15, 0.2))
     assert apart.ranks / apart.slowest_ratio == pytest.approx(2 / 1.25)
     assert apart.ranks / apart.cpu_ratio == pytest.approx(2 / statistics.median([1.125, 1.25]))
 

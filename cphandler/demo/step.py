@@ -95,10 +95,16 @@ def batch_loss(
 
 def training_step(model: nn.Module, batch: dict[str, Any], handler: ContextParallelHandler, device: str) -> float:
     """Forward, backward and the sum over ranks of one batch; returns the mean loss over its tokens."""
-    loss = batch_loss(model, batch, handler, device, Objective("token_mean", Totals.of([batch], 0)))
-    (loss * loss_scale("sum", handler)).backward()
+    loss = batch_gradient(model, batch, handler, device)
     if handler.cp_size > 1:
         sum_gradients(model, [handler.group])
+    return loss
+
+
+def batch_gradient(model: nn.Module, batch: dict[str, Any], handler: ContextParallelHandler, device: str) -> float:
+    """Forward and backward of one batch: this rank's part of the gradient; returns the mean loss over its tokens."""
+    loss = batch_loss(model, batch, handler, device, Objective("token_mean", Totals.of([batch], 0)))
+    (loss * loss_scale("sum", handler)).backward()
     return float(loss.detach())
 
 
