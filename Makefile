@@ -73,7 +73,7 @@ test-integrations: $(STACKS)/installed
 fuzz: $(VENV)/installed
 	$(BIN)/python -m cphandler.testing.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(FUZZ)
 
-## make check     format, lint, types and tests: what CI runs
+## make check     format, lint, types and tests; CI runs test-integrations too
 check: lint types test
 
 ## make format    rewrite the sources in the project's format

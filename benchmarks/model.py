@@ -53,7 +53,7 @@ RUNS = ("ring@zigzag", "p2p@zigzag", "p2p@balanced", "ulysses@contiguous")
 """Runs shown where none is named."""
 
 SPEEDUP = {"ring@zigzag": 1.85, "p2p@zigzag": 1.85, "ulysses@contiguous": 1.90, "p2p@balanced": 1.95}
-"""What is asked of two ranks on two idle cores, times one rank's speed."""
+"""Aims for two ranks on two idle cores, times one rank's speed."""
 
 WIDTH = 108
 """Columns of the terminal that a table may take."""
@@ -62,7 +62,7 @@ COLUMNS = (
     *("tokens", "docs", "ranks", "run", "tokens\n/ s", "step\nms", "speed\nup"),
     *("CPU\ns", "CPU\nx", "slow\nx", "fixed\nms", "sent\nMiB", "peak\nMiB"),
 )
-TWOS = ("run, 2 ranks", "step ms", "speedup", "asked", "CPU s", "by CPU,\nslowest rank", "by CPU,\nsum of ranks")
+TWOS = ("run, 2 ranks", "step ms", "speedup", "aim", "CPU s", "by CPU,\nslowest rank", "by CPU,\nsum of ranks")
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,10 @@ def show_speedup(contest: Contest, pools: dict[int, RankPool], steps: int, seed:
     rows = measured(contest, pools, steps, seed, memory=False)
     table = empty(f"{KINDS[contest.kind]}: {contest.seq_len} tokens, medians of {steps} interleaved steps", TWOS)
     for row in rows:
-        asked = SPEEDUP.get(row.run) if row.ranks > 1 else None
+        aim = SPEEDUP.get(row.run) if row.ranks > 1 else None
         by_slowest, by_sum = row.ranks / row.slowest_ratio, row.ranks / row.cpu_ratio
         cells = [f"{number:.2f}" for number in (row.cpu_seconds, by_slowest, by_sum)]
-        wanted = "-" if asked is None else f"{asked:.2f}"
+        wanted = "-" if aim is None else f"{aim:.2f}"
         table.add_row(row.run, f"{1e3 * row.step_seconds:,.0f}", f"{row.speedup:.2f}", wanted, *cells)
     console.print(table)
     return rows

@@ -91,12 +91,26 @@ def test_assert_close_is_not_blind() -> None:
         assert_close(wrong, right)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))]
+def _anchors(text: str) -> set[str]:
+    """Of each heading, as it is linked to."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"))
 )
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_pages_have_live_links_and_no_placeholders(page: str) -> None:
-    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    path = ROOT / page
     text = path.read_text()
-    for link in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (path.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
+        if link.startswith("http"):
+            continue
+        target = path.parent / link if link else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target.read_text()), f"{link}#{anchor}"
     assert not re.findall(r"\b(?:TODO|FIXME|XXX|TBD|[A-Z]+_TABLE)\b", text)

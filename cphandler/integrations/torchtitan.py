@@ -208,7 +208,7 @@ def _imported(module: str) -> Any:
         raise MissingPackageError(
             f"this integration needs {module}, which cannot be imported",
             got=f"{type(error).__name__}: {error}",
-            fix="install torchtitan from the sources that docs/plain-pytorch.md names",
+            fix="install torchtitan from its sources, at a commit that tests/data/torchtitan.json names",
         ) from error
 
 

@@ -25,7 +25,9 @@ else:
 class ContextParallelTrainerMixin(_Base):  # type: ignore[misc]
     """Makes a Trainer of transformers, or of a package built on it, train a parallelized model as one rank would.
 
-    Put it first among the bases: ``class SFT(ContextParallelTrainerMixin, SFTTrainer): ...``. The ranks of a group see
+    Put it first among the bases: ``class SFT(ContextParallelTrainerMixin, SFTTrainer): ...``. TRL's Trainer takes its
+    metrics from whole logits, and its default loss replaces the model's forward pass: it needs
+    ``parallelize(..., gather_logits="always")`` and ``SFTConfig(loss_type="nll")``. The ranks of a group see
     the same batches, and groups see different ones, as ranks do without context parallelism. Whatever counts batches
     counts those of a group once: ``num_items_in_batch``, losses, predictions, metrics, tokens seen.
 
