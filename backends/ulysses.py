@@ -28,7 +28,9 @@ class UlyssesAttention(Attention):
         if self.host.ranks.size == 1:
             return self.attend_whole(call)
         heads = call.prepared.heads if call.prepared else self.head_parallel(call.q.device)
-        return heads.gather(call, self.attend_whole(heads.scatter(call)))
+        result = heads.gather(call, self.attend_whole(heads.scatter(call)))
+        self.host.watched(result.out)  # its backward pass is the first to send
+        return result
 
 
 class UlyssesHandler(LayoutHandler):

@@ -38,7 +38,9 @@ class USPAttention(Attention):
         if self._levels.inner.size == 1:
             return self.attend(call)
         heads = call.prepared.heads if call.prepared else self.head_parallel(call.q.device)
-        return heads.gather(call, self.attend(heads.scatter(call)))
+        result = heads.gather(call, self.attend(heads.scatter(call)))
+        self.host.watched(result.out)  # its backward pass is the first to send
+        return result
 
 
 class USPHandler(LayoutHandler):

@@ -385,3 +385,14 @@ def test_a_thousand_ranks_take_no_table_of_pairs() -> None:
     inside = made.documents.offsets[made.documents.document_of(spans[:, START])]
     before: Counts = np.where(spans[:, LENGTH] > 0, spans[:, START] - inside, 0)
     assert stats.needed.tolist() == before.tolist(), "each rank sees the beginning of its first document"
+
+
+def test_statistics_cannot_be_edited() -> None:
+    made = plan_batch([0, 9, 16], 4, layout="zigzag")
+    needed, area = made.stats().needed.copy(), made.stats().area.copy()
+    for name in ("needed", "area", "received"):
+        column = getattr(made.stats(), name)
+        if column.flags.writeable:
+            column[:] = 0
+    assert (made.stats().needed == needed).all()
+    assert (made.stats().area == area).all()

@@ -28,6 +28,7 @@ from cphandler import (
     plan_batch,
     unpack_documents,
 )
+from cphandler.data.manifest import checksum_of
 from cphandler.testing import RankPool, assert_close, dense_attention, partition_group, visible_pairs
 
 LENGTHS = [9, 1, 14, 4, 0, 7, 3, 20, 5, 2, 11]
@@ -244,3 +245,10 @@ def test_the_page() -> None:
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(blocks) == 6
     exec("\n".join(blocks), {})
+
+
+def test_digests_of_lazily_conjugated_tensors() -> None:
+    lazy = torch.tensor([1 + 2j, 3 - 1j], dtype=torch.complex64).conj()
+    check_same_batch({"x": lazy}, None)
+    assert checksum_of({"x": lazy}) == checksum_of({"x": lazy.resolve_conj()})
+    assert checksum_of({"x": lazy.imag}) == checksum_of({"x": lazy.resolve_conj().imag.clone()})

@@ -16,9 +16,12 @@ from cphandler import (
     Layout,
     Mask,
     RankMismatchError,
+    gather_last_tokens,
     get_batch_on_this_cp_rank,
     get_cp_handler_cls,
     record_traffic,
+    reduce_token_loss,
+    token_count,
 )
 from cphandler.testing import RankPool, partition_group
 
@@ -157,10 +160,20 @@ def one_rank_refuses(method: str) -> str:
             handler.core_attn(None, x, x, x + local["tokens"].view(-1, 1, 1))
 
         return message_of(step)
+    if method == "token_count":
+        labels = torch.zeros(4) if odd else torch.zeros(4, dtype=torch.int64)
+        return message_of(lambda: token_count(labels, handler))
+    if method == "reduce_token_loss":
+        return message_of(lambda: reduce_token_loss(x[:, 0, 0], torch.ones(3 if odd else 4), handler))
+    if method == "gather_last_tokens":
+        return message_of(lambda: gather_last_tokens(torch.zeros(5 if odd else 4), handler))
     return message_of(lambda: handler.combine(x[:3] if odd else x, 0))
 
 
-@pytest.mark.parametrize("method", ["core_attn", "combine", "get_batch"])
+REFUSED = ["core_attn", "combine", "get_batch", "token_count", "reduce_token_loss", "gather_last_tokens"]
+
+
+@pytest.mark.parametrize("method", REFUSED)
 def test_a_refusal_of_one_rank_reaches_the_others(ranks: RankPool, method: str) -> None:
     *others, own = ranks.run(one_rank_refuses, method)
     assert own.startswith("own: ")
@@ -174,6 +187,25 @@ class Reversed(Mask):
 
     def bands(self, queries: Any, keys: Any) -> Any:
         return Full().bands(queries, keys)
+
+
+def other_documents_in_a_function(method: str) -> str:
+    """As many tokens on every rank, so that sums could be made of what does not belong together."""
+    handler = make(partition_group([range(4)]), [7, 9] if dist.get_rank() != 2 else [4, 4, 8])
+    functions: dict[str, Any] = {
+        "token_count": lambda: token_count(torch.zeros(4, dtype=torch.int64), handler),
+        "reduce_token_loss": lambda: reduce_token_loss(torch.zeros(4), torch.ones(4), handler),
+        "gather_last_tokens": lambda: gather_last_tokens(torch.zeros(4), handler),
+    }
+    return message_of(functions[method])
+
+
+@pytest.mark.parametrize("method", ["token_count", "reduce_token_loss", "gather_last_tokens"])
+def test_functions_of_training_compare_batches_too(ranks: RankPool, method: str) -> None:
+    messages = ranks.run(other_documents_in_a_function, method)
+    assert len(set(messages)) == 1
+    assert "do not hold the same batch" in messages[0]
+    assert "rank 2 has [0, 4, 8, 16]" in messages[0]
 
 
 def own_mask() -> str:
@@ -240,7 +272,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
         assert "got nothing within 1 seconds" in message
 
 
-def unchecked(mode: str) -> str:
+def unchecked(mode: str) -> list[str]:
     lengths = [7, 9] if dist.get_rank() else [16]
     handler = make(partition_group([range(4)]), lengths, config=CPConfig(check_consistency=mode))  # type: ignore[arg-type]
     x = torch.arange(16)
@@ -249,10 +281,39 @@ def unchecked(mode: str) -> str:
         if not torch.equal(handler.combine(handler.dispatch(x, 0), 0), x):
             raise ValueError("tokens are mixed up")
 
-    return message_of(round_trip)
+    return [message_of(round_trip) for _ in range(2)]
 
 
 def test_without_the_check_the_same_mistake_goes_unnoticed(ranks: RankPool) -> None:
     """The negative control: what the check prevents is a wrong result without any error."""
-    assert ranks.run(unchecked, "never") == ["own: tokens are mixed up"] * 4
-    assert all("do not hold the same batch" in message for message in ranks.run(unchecked, "always"))
+    assert ranks.run(unchecked, "never") == [["own: tokens are mixed up"] * 2] * 4
+    for told in ranks.run(unchecked, "always"):
+        assert all("do not hold the same batch" in message for message in told), "the second time as well"
+
+
+def refused_then_different() -> list[str]:
+    """Rank 3 refuses once; then all make the same call over batches that differ."""
+    rank = dist.get_rank()
+    handler = make(partition_group([range(4)]), [7, 9] if rank else [16])
+    x = torch.arange(4)
+    first = message_of(lambda: handler.combine(x[:3] if rank == 3 else x, 0))
+    return [first, message_of(lambda: handler.combine(x, 0))]
+
+
+def test_what_was_refused_is_compared_when_it_is_tried_again(ranks: RankPool) -> None:
+    *others, own = ranks.run(refused_then_different)
+    assert own[0].startswith("own: ")
+    assert all("refused this call" in told[0] for told in others)
+    assert all("do not hold the same batch" in told[1] for told in (*others, own))
+
+
+def other_streams() -> str:
+    """Two streams of as many local rows: which one is meant is all that differs."""
+    arguments = {"cu_seqlens_q": [0, 9, 16], "cu_seqlens_kv": [0, 7, 16], "mask": Full()}
+    handler = make(partition_group([range(4)]), [], **arguments)
+    return message_of(lambda: handler.combine(torch.zeros(4), 0, stream="kv" if dist.get_rank() == 1 else "q"))
+
+
+def test_streams_are_compared(ranks: RankPool) -> None:
+    for message in ranks.run(other_streams):
+        assert "rank 1 has combine dim 0 of stream kv" in message

@@ -125,6 +125,10 @@ def test_copies_share_what_cannot_change_and_nothing_else() -> None:
     assert other.attention is not handler.attention
     assert other.attention.host is other
     assert torch.equal(other.position_ids, handler.position_ids)
+    assert handler.global_positions is not None
+    after = copy.deepcopy(handler)
+    for each in (handler, other, after):
+        assert not each.global_positions.flags.writeable, "else positions not asked for yet could be edited"
     kept = {name: value for name, value in vars(handler).items() if isinstance(value, dict)}
     assert kept, "a handler remembers something"
     for name, value in kept.items():

@@ -286,7 +286,7 @@ def fails_over_a_block(comm_type: str, fault: str, timeout: float | None, width:
     if not Faulty.known:
         register_kernel("faulty", "any", Faulty, preference=-1)  # "auto" never takes it
         Faulty.known = True
-    Faulty.fault, Faulty.countdown = fault, 1 if comm_type == "all_gather" else 2
+    Faulty.fault, Faulty.countdown = fault, 1 if comm_type in ("all_gather", "ulysses") else 2
     handler = get_cp_handler_cls(comm_type)(
         cp_group=new_group(),
         qkv_format="thd",
@@ -310,7 +310,10 @@ FAULTS = [
     ("ring", "backward raises", None, 8),
     ("p2p", "forward raises", None, 8),
     ("p2p", "backward raises", 20.0, 8),
+    ("all_gather", "forward raises", None, 8),
     ("all_gather", "backward raises", 20.0, 8),
+    ("ulysses", "forward raises", None, 8),  # between its two exchanges, where nothing is under way
+    ("ulysses", "backward raises", None, 8),
     ("ring", "forward raises", None, 30_000),  # more than a connection holds: a message is half sent, and gloo alone
     ("p2p", "backward raises", None, 30_000),  # does not tell who waits for the other half
 ]

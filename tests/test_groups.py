@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from cphandler import CPConfig, CPError, InvalidTypeError, InvalidValueError, get_cp_handler_cls
-from cphandler.comm.groups import resolve_group
+from cphandler.comm.groups import level_groups, resolve_group
 from cphandler.testing import RankPool
 
 
@@ -181,3 +183,24 @@ def test_one_rank_by_accident_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             assert get_cp_handler_cls("ring")(cp_group=dist.group.WORLD, max_seqlen_q=4).cp_size == 1
         assert [warning.category for warning in found] == [RuntimeWarning] * said, size
         assert not said or "init_process_group" in str(found[0].message)
+
+
+def _a_group_of_levels(asked: bool) -> bool:
+    """Whether a group is alive after it was destroyed and let go of."""
+    group = dist.new_group(range(dist.get_world_size()))
+    if asked:
+        inner, outer = level_groups(resolve_group(group), dist.get_world_size())
+        assert inner is group
+        dist.destroy_process_group(outer)
+        del inner, outer
+    watched = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return watched() is not None
+
+
+def test_groups_of_levels_are_let_go() -> None:
+    with RankPool(2, timeout=60) as pool:  # of ranks that are in as many groups as each other
+        for asked in (False, True):
+            assert not any(pool.run(_a_group_of_levels, asked))

@@ -129,11 +129,22 @@ def refuses_later(handler: Any, odd: bool) -> None:
         raise RankMismatchError("told") from error
 
 
+def backwards_of_other_sizes(handler: Any, odd: bool) -> None:
+    """Layers of other numbers of heads: what is sent before anything is compared does not fit."""
+    outputs = []
+    for heads in (2, 4):
+        q, k, v = (x.detach().repeat(1, heads // 2, 1).requires_grad_() for x in inputs(handler))
+        outputs.append(handler.core_attn(None, q, k, v))
+    for out in outputs if odd else reversed(outputs):
+        out.sum().backward()
+
+
 AT_ONCE = {
     **DIFFERENCES,
     "another dtype": (other_dtype, "float64"),
     "one layer fewer": (one_layer_fewer, "combine"),
     "a refusal": (refuses_later, "told"),
+    "backward passes of other sizes": (backwards_of_other_sizes, "backward of call"),
 }
 
 
@@ -169,3 +180,25 @@ def all_the_same(mode: str, backend: str) -> str:
 @pytest.mark.parametrize("mode", ["always", "first", "never", "each_call"])
 def test_ranks_that_do_the_same_hear_nothing(ranks: RankPool, mode: str) -> None:
     assert ranks.run(all_the_same, mode, "ring") == ["nothing"] * 4
+
+
+def rolls_alone_on_a_layout_of_all_tokens() -> str:
+    """A roll that sends nothing, and its backward pass, on one rank only; what comes next is no other for it."""
+    group = partition_group([(0, 1), (2, 3)])
+    whole = get_cp_handler_cls("ulysses")(
+        cp_group=group, qkv_format="thd", cu_seqlens_q=[0, 9, 16], layout="replicated"
+    )
+    whole.agree()
+    if dist.get_rank() % 2:
+        x = torch.randn(16, requires_grad=True)
+        whole.roll_tensor(x)[0].sum().backward()
+    try:
+        make("ulysses", "always").agree()
+    except RankMismatchError as error:
+        forget(make("ulysses", "always"))
+        return str(error)
+    return "nothing"
+
+
+def test_a_roll_that_sends_nothing_is_nobodys_call(ranks: RankPool) -> None:
+    assert ranks.run(rolls_alone_on_a_layout_of_all_tokens) == ["nothing"] * 4

@@ -14,9 +14,12 @@ from torch import Tensor
 from cphandler import (
     InvalidTypeError,
     InvalidValueError,
+    gather_last_tokens,
     get_cp_handler_cls,
     language_model_loss,
     next_token_labels,
+    reduce_token_loss,
+    sum_over_tokens,
     token_accuracy,
     token_count,
     token_histogram,
@@ -24,6 +27,46 @@ from cphandler import (
     token_mean,
 )
 from cphandler.testing import RankPool, partition_group
+from cphandler.training.reductions import REDUCTIONS
+
+
+class _Seat:
+    """A group that can only say who it is."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        self._size, self._rank = size, rank
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def test_a_group_that_cannot_communicate_gives_no_parts_of_sums() -> None:
+    apart = get_cp_handler_cls("ring")(cp_group=_Seat(4, 1), qkv_format="thd", cu_seqlens_q=[0, 16])
+    alone = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
+    labels, values = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    calls: list[tuple[str, Any]] = [
+        ("token_count", lambda handler, **group: token_count(labels, handler, **group)),
+        ("sum_over_tokens", lambda handler, **group: sum_over_tokens(values, handler, **group)),
+        ("token_mean", lambda handler, **group: token_mean(values, labels >= 0, handler, **group)),
+    ]
+    for reduction in REDUCTIONS:
+        divisor = {"normalizer": 1.0} if reduction == "fixed" else {}
+        told = {"reduction": reduction, **divisor}
+        calls.append(
+            (reduction, lambda handler, t=told, **group: reduce_token_loss(values, labels >= 0, handler, **t, **group))
+        )
+    for _, call in calls:
+        with pytest.raises(InvalidValueError, match="cannot communicate"):
+            call(apart)
+        with pytest.raises(InvalidValueError, match="cannot communicate"):
+            call(alone, group=_Seat(2, 0))
+        assert torch.equal(call(alone, group=_Seat(1, 0)), call(alone))
+    with pytest.raises(InvalidValueError, match="cannot communicate"):
+        gather_last_tokens(values, apart)
+
 
 CONTEXT = {2: ((0, 2), (1, 3)), 3: ((1, 2, 3),), 4: ((0, 1, 2, 3),)}
 DATA = ((0, 1), (2, 3))

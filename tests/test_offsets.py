@@ -170,3 +170,12 @@ def test_offsets_are_what_a_handler_takes() -> None:
     torch.testing.assert_close(own[handler.valid_mask], out[handler.valid_mask])
     with pytest.raises(InvalidValueError, match="is dense and takes no cu_seqlens_q; use qkv_format='thd'"):
         get_cp_handler_cls("local")(qkv_format="bshd", max_seqlen_q=4, cu_seqlens_q=valid)
+
+
+def test_offsets_that_int32_cannot_count_are_refused() -> None:
+    """No memory is needed: zero strides."""
+    tokens = 2**31 + 8
+    handler = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, tokens])
+    x = torch.empty(1, 1, 1).expand(tokens, 1, 1)
+    with pytest.raises(InvalidValueError, match="count in int32"):
+        handler.core_attn(lambda q, k, v, **_: q, x, x, x)

@@ -31,6 +31,7 @@ from cphandler import (
     Layout,
     Mask,
     PerDocument,
+    PrefixLM,
     SlidingWindow,
     clear_plan_cache,
     get_cp_handler_cls,
@@ -290,6 +291,32 @@ def test_eviction_by_bytes_frees_tables(monkeypatch: pytest.MonkeyPatch) -> None
     small.most_bytes = 100
     assert used(handler_of((9, 9)))
     assert len(small) == 0, "one that is too large alone is not kept"
+
+
+@pytest.mark.parametrize("limit", ["bytes", "values"])
+def test_a_batch_that_grows_mask_by_mask_is_let_go(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    """One shape with another mask each time is one batch: what is kept with it has a limit while it is used."""
+    small = BatchCache(most_bytes=1 << 14) if limit == "bytes" else BatchCache(most_values=40)
+    monkeypatch.setattr(caches, "cache", small)
+    cls, handlers = get_cp_handler_cls("local"), []
+    for i in range(60):
+        handler = cls(qkv_format="bshd", max_seqlen_q=300, mask=PrefixLM((i, 2 * i)))
+        handlers.append(handler)
+        handler.plan()
+        kept = list(small._kept.values())
+        assert limit == "bytes" or sum(batch.num_values for batch in kept) <= 60
+        assert limit == "values" or small.nbytes <= (1 << 14) + 2000, "and one plan more"
+    shards = {id(handler.shards.queries) for handler in handlers}
+    assert 1 < len(shards) < 30, "let go now and then, not each time"
+    handlers[0].plan()
+
+
+def test_plans_of_masks_that_are_equal_are_prepared_once() -> None:
+    handler = handler_of()
+    for _ in range(20):
+        handler.plan(SlidingWindow(4))
+        handler.plan("full")
+    assert len(handler.attention._prepared_others) == 2
 
 
 def test_tables_of_the_loop_go_with_the_batch() -> None:

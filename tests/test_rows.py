@@ -20,7 +20,11 @@ from cphandler import (
     PrefixTree,
     SharedQuestion,
     SlidingWindow,
+    gather_last_tokens,
     get_cp_handler_cls,
+    reduce_token_loss,
+    scatter_last_tokens,
+    token_count,
 )
 from cphandler.testing import RankPool, assert_close, dense_attention, visible_pairs
 from cphandler.testing.cases import Batch, Case, group_of, make_handler
@@ -179,3 +183,27 @@ def test_a_callable_is_given_the_mask_of_all_rows() -> None:
     x = torch.randn(6, 2, 2, 8)
     make(mask=mask).core_attn(own, x, x, x)
     assert told == [mask]
+
+
+@pytest.mark.parametrize("form", ["bshd", "sbhd"])
+def test_functions_around_attention_take_the_rows_of_the_batch(form: str) -> None:
+    """Neither one row for all nor more rows than there are, which broadcasting would make something of."""
+    handler = get_cp_handler_cls("local")(
+        qkv_format=form, max_seqlen_q=5, key_padding_mask=torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    )
+
+    def rows(count: int) -> torch.Tensor:
+        labels = torch.zeros(count, 5, dtype=torch.int64)
+        return labels if form == "bshd" else labels.T
+
+    assert int(token_count(rows(2), handler)) == 8
+    assert scatter_last_tokens(torch.ones(2), handler).sum() == 2
+    for count in (1, 3):
+        for call in (
+            lambda: token_count(rows(count), handler),  # noqa: B023
+            lambda: reduce_token_loss(rows(count).float(), rows(count) >= 0, handler),  # noqa: B023
+            lambda: gather_last_tokens(rows(count).float(), handler),  # noqa: B023
+            lambda: scatter_last_tokens(torch.ones(count), handler),  # noqa: B023
+        ):
+            with pytest.raises(InvalidValueError, match="must have the 2 rows of the batch"):
+                call()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from cphandler.attention.call import AttentionCall, TensorRules, batch_first, from_batch_first, kind_of_call
 from cphandler.attention.capabilities import Capabilities
@@ -17,6 +18,7 @@ from cphandler.attention.loop import OF_DOCUMENTS, OPEN, AttentionResult, Indice
 from cphandler.attention.options import AttentionOptions, CoreAttention, OptionalArguments
 from cphandler.attention.plans import Plans
 from cphandler.comm import collectives
+from cphandler.comm.endings import end
 from cphandler.comm.groups import CPGroup
 from cphandler.config import CPConfig
 from cphandler.errors import InvalidValueError, UnsupportedError
@@ -28,6 +30,7 @@ from cphandler.sharding.shard import ShardPair
 from cphandler.tensors import check_no_tangent, device_copy
 from cphandler.tokens.masks import Mask, is_value, make_mask
 from cphandler.tokens.metadata import StreamMetadata
+from cphandler.tokens.offsets import as_int32
 from cphandler.tracing import untraced
 
 T = TypeVar("T")
@@ -224,7 +227,7 @@ class Attention:
     def _prepared_for(self, mask: Mask | str | None, device: torch.device) -> Prepared | None:
         wanted = None if mask is None else make_mask(mask)
         for known, prepared in self._prepared_others if wanted is not None else ():
-            if type(known) is type(wanted) and known == wanted and prepared.serves(device):
+            if _are_alike(known, wanted) and prepared.serves(device):
                 return prepared
         for prepared in self._prepared_own if wanted is None else ():
             if prepared.serves(device):
@@ -342,7 +345,7 @@ class Attention:
         prepared = tuple(self._prepare(mask, device) for device in devices)
         if mask is self.host.mask:
             self._prepared_own = prepared
-        others = [pair for pair in self._prepared_others if pair[0] is not mask]
+        others = [pair for pair in self._prepared_others if not _are_alike(pair[0], mask)]
         self._prepared_others = (*others, *((mask, one) for one in prepared))
         _ = self._rules  # looked up here, since a compiler would have to trace how they are made
 
@@ -430,7 +433,7 @@ class Attention:
             scale=call.scale,
             kernel=call.kernel,
             exchange=plans.exchange,
-            group_name=plans.group_name,
+            group_name=plans.group_name or self.host.ranks.name,
             wire=self.host.config.gradient_wire_dtype or "",
             deterministic=self.host.config.deterministic,
             softcap=float(options.softcap or 0.0),
@@ -474,7 +477,17 @@ class Attention:
 
     @untraced
     def _call_module(self, call: AttentionCall) -> Tensor:
-        """Give whole documents to the caller's module, padding removed."""
+        """Give whole documents to the caller's module; where it raises on one rank, the others are told."""
+        try:
+            return self._result_of_module(call)
+        except _STOPS:  # a layer is computed again, and what is needed of it has been
+            raise
+        except BaseException:
+            end(self.host.ranks.name)
+            raise
+
+    def _result_of_module(self, call: AttentionCall) -> Tensor:
+        """What the caller's module makes of whole documents, padding removed."""
         queries, keys, form = self.host.queries, self.host.keys, self.host.qkv_format
         tensors = [
             _without_padding(from_batch_first(x, form), stream)
@@ -499,6 +512,15 @@ class Attention:
             kept = device_copy(queries.documents.valid_tokens, out.device)
             out = out.new_zeros(queries.documents.num_tokens, *out.shape[1:]).index_copy(0, kept, out)
         return batch_first(out, form)
+
+
+_STOPS: tuple[type[BaseException], ...] = tuple(filter(None, [getattr(checkpoint, "_StopRecomputationError", None)]))
+"""What activation checkpointing raises in the midst of a layer, on every rank alike."""
+
+
+def _are_alike(one: Mask, other: Mask | None) -> bool:
+    """Whether two masks are one by value."""
+    return type(one) is type(other) and one == other
 
 
 def _is_own(attn_mod: Any) -> bool:
@@ -532,7 +554,7 @@ def _without_padding(x: Tensor, stream: StreamMetadata) -> Tensor:
 
 def _valid_offsets(stream: StreamMetadata, device: torch.device) -> Tensor:
     """``cu_seqlens`` of the real tokens."""
-    return device_copy(stream.documents.valid_offsets, device).to(torch.int32)
+    return as_int32(stream.documents.valid_offsets, device)
 
 
 def _longest(stream: StreamMetadata) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from cphandler.kernels.room import FixedTasks, LaunchRoom, Room, SideRoom
 from cphandler.kernels.shapes import cut
 from cphandler.plan.plan import Plan
 from cphandler.sharding.order import SequenceOrder
+from cphandler.tensors import device_copy
 from cphandler.tokens.intervals import Table
 from cphandler.tokens.masks import Causal, Full, Mask, SlidingWindow
 
@@ -131,7 +133,7 @@ class FixedAttention:
         places = next(tensors) if self._gathers else None
         heads = self._heads
         if heads is not None:
-            runs = heads.queries.runs if self._in_place else torch.empty((0, 3), dtype=torch.int64)
+            runs = heads.queries.runs if self._in_place else device_copy(np.empty((0, 3), np.int64), HOST)
             order = SequenceOrder(next(tensors), next(tensors), runs, self._in_place)
             heads = replace(heads, queries=order, keys=order, pads=next(tensors))
         size, rank = (self._ranks.size, self._ranks.rank) if self._gathers else (1, 0)

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from cphandler.attention.capture import CAPTURED, check_capture, is_capturing
 from cphandler.attention.exchange import Block, Route, Rows, Sums, get_exchange, rows_of
+from cphandler.comm.endings import end
 from cphandler.errors import UnsupportedError
 from cphandler.kernels import AttentionSum, Kernel, RowSum, Softmax, Task, Tasks, get_kernel, select_kernel
 from cphandler.kernels.dropout import Dropout, query_states
@@ -69,6 +70,11 @@ class Indices(NamedTuple):
         flat = torch.cat(given) if len(given) > 1 else given[0] if given else None
         return flat, [-1 if x is None else len(x) for x in self]
 
+    @staticmethod
+    def group_in(names: Any) -> str:
+        """The group's name in the last of :meth:`packed`."""
+        return str(names).split("\n")[2]
+
     @classmethod
     def unpacked(cls, flat: Tensor | None, places: int, queries: int, owners: int) -> Indices:
         """The indices that :meth:`packed` gave."""
@@ -104,7 +110,8 @@ class Scalars(NamedTuple):
             tensors.
         exchange: how keys reach the queries: ``"ring"``, ``"p2p"``, ``"all_gather"`` or a registered one; empty where
             they are here.
-        group_name: the group to exchange in.
+        group_name: the group whose ranks wait for this one: to exchange in, or where keys are here, for what the rank
+            makes of its result.
         wire: dtype in which gradients of keys and values travel; empty is the accumulator's.
         softcap: capped scores stay below this, above 0; 0 for none.
         dropout_p: probability that a weight is dropped.
@@ -140,6 +147,11 @@ class Scalars(NamedTuple):
         bits = "same" if self.deterministic else ""
         names = "\n".join((self.kernel, self.exchange, self.group_name, self.wire, bits))
         return OperatorArguments(flat, [self.scale, self.softcap, self.dropout_p], integers, names)
+
+    @staticmethod
+    def group_in(names: Any) -> str:
+        """The group's name in the last of :meth:`packed`."""
+        return str(names).split("\n")[2]
 
     @classmethod
     def unpacked(
@@ -391,23 +403,30 @@ def _weighting(settings: _Settings, q: Tensor, indices: Indices, in_use: _PlanIn
     return _Weighting(settings, q, queries, keys, in_use)
 
 
-def _without_autocast(operation: Callable[P, T]) -> Callable[P, T]:
-    """Autocast reaches into operators; dtypes are settled here, and scores must stay in the accumulator's."""
+def _guarded(operation: Callable[P, T]) -> Callable[P, T]:
+    """Autocast reaches into operators; dtypes are settled here, and scores must stay in the accumulator's.
+
+    Where an operator raises on one rank, the others wait for what it has not sent: they are told.
+    """
 
     @wraps(operation)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         first: Any = args[0]
         kind = first.device.type
-        if not torch.is_autocast_enabled(kind):
-            return operation(*args, **kwargs)
-        with torch.autocast(kind, enabled=False):
-            return operation(*args, **kwargs)
+        try:
+            if not torch.is_autocast_enabled(kind):
+                return operation(*args, **kwargs)
+            with torch.autocast(kind, enabled=False):
+                return operation(*args, **kwargs)
+        except BaseException:
+            end(Scalars.group_in(args[-1]))
+            raise
 
     return run
 
 
 @operator("attention_forward")
-@_without_autocast
+@_guarded
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -447,7 +466,7 @@ def _sink_gradient(sinks: Tensor, saved: Saved) -> Tensor:
 
 
 @operator("attention_backward")
-@_without_autocast
+@_guarded
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -486,7 +505,7 @@ def attention_backward(
 
 
 @operator("largest_scores")
-@_without_autocast
+@_guarded
 def largest_scores(
     q: Tensor,
     k: Tensor,

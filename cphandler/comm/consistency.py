@@ -101,7 +101,6 @@ class Consistency:
         """
         if not self.active:
             return
-        self.pending = self._each_call
         status = "" if error is None else f"{type(error).__name__}: {error}"
         facts = {**facts, "calls before": str(self._journal)} if self._keeps_journal else facts
         answers = [_unpacked(payload) for payload in agree(_packed(facts, status), self._group.name)]
@@ -121,6 +120,7 @@ class Consistency:
                 fix="give every rank of the group the same global batch, handler arguments and order of calls; "
                 'check_consistency="each_call" says which call was the first to differ',
             )
+        self.pending = self._each_call  # only now: what failed is compared again
         _settled_groups.add(self._group.source)
         if self._keeps_journal:
             self._journal.start_afresh()

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cphandler.comm.membership import Members, members, transports
-from cphandler.errors import RankLostError
+from cphandler.errors import InvalidValueError, RankLostError
 
 
 def finish(work: Any, deadline: float | None) -> None:
@@ -190,10 +190,26 @@ def _all_done(works: Mapping[int, Any], deadline: float) -> bool:
     return True
 
 
-class ended_on_error:  # noqa: N801 (used as contextlib's are, which take three times as long)
-    """Where the block raises, end the connections of a gloo group: this rank cannot do its part any more.
+def end(group_name: str) -> None:
+    """To be called where this rank cannot do its part any more: end its connections in a gloo group.
 
     The other ranks' waits then raise at once, and name this rank. On NCCL transfers go on until the group's own limit.
+
+    Args:
+        group_name: the name of a group, or of some of its ranks; empty for none.
+    """
+    if group_name:
+        with suppress(InvalidValueError):  # it is gone already
+            _end_on_gloo(members(group_name))
+
+
+def _end_on_gloo(at: Members) -> None:
+    if at.size > 1 and "gloo" in transports(at.group).values():
+        _end(at)
+
+
+class ended_on_error:  # noqa: N801 (used as contextlib's are, which take three times as long)
+    """Where the block raises, :func:`end`; what is under way is still alive then, and gloo may write to it.
 
     Args:
         among: members, or their name.
@@ -209,6 +225,4 @@ class ended_on_error:  # noqa: N801 (used as contextlib's are, which take three 
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is not None:
-            at = members(self._among) if isinstance(self._among, str) else self._among
-            if "gloo" in transports(at.group).values():
-                _end(at)
+            _end_on_gloo(members(self._among) if isinstance(self._among, str) else self._among)

@@ -269,10 +269,10 @@ def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     return made[tuple(ranks)]
 
 
-_groups_of_levels: WeakKeyDictionary[dist.ProcessGroup, dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]]] = (
-    WeakKeyDictionary()
-)
-"""Per flat group, by ranks of an inner group, the groups of two levels that this rank is in."""
+_Levels: TypeAlias = "tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]"
+_groups_of_levels: WeakKeyDictionary[dist.ProcessGroup, dict[int, _Levels]] = WeakKeyDictionary()
+"""Per flat group, by ranks of an inner group, the groups of two levels that this rank is in; None is the flat group
+itself, which would otherwise keep itself alive."""
 
 
 def level_groups(group: CPGroup, degree: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
@@ -295,11 +295,12 @@ def level_groups(group: CPGroup, degree: int) -> tuple[dist.ProcessGroup, dist.P
         ranks, (p, a) = dist.get_process_group_ranks(group.source), divmod(group.rank, degree)
         fix = "pass the 2-D (outer, inner) device mesh of the two groups"
         inner, outer = (
-            group.source if len(part) == group.size else _group_of(part, [group.source], fix)
+            None if len(part) == group.size else _group_of(part, [group.source], fix)
             for part in (ranks[p * degree : (p + 1) * degree], ranks[a::degree])
         )
         made[degree] = inner, outer
-    return made[degree]
+    inner, outer = made[degree]
+    return inner or group.source, outer or group.source
 
 
 def _group_of(ranks: list[int], dims: list[dist.ProcessGroup], fix: str) -> dist.ProcessGroup:

@@ -207,7 +207,7 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> str:
     """A digest of names, dtypes, shapes and bytes, in the order of names."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
+        x = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
         digest.update(json.dumps([name, str(x.dtype), list(x.shape)]).encode())
         digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, SupportsIndex, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from cphandler.tracing import untraced
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+T = TypeVar("T")
 
 Format: TypeAlias = Literal["sbhd", "bshd", "thd"]
 """Order of dims: S sequence, B batch, H heads, D head dim; ``thd`` packs the documents of a batch in one dim T."""
@@ -289,7 +290,8 @@ class ContextParallelHandler(ABC):
 
     def _shared_with_copies(self) -> list[object]:
         """Values that never change, or only remember what follows from such."""
-        return [self.ranks, self.config, self.mask, self.queries, self.keys]
+        arrays = [self._named_positions, self.__dict__.get("global_positions")]  # a copy of an array can be written to
+        return [self.ranks, self.config, self.mask, self.queries, self.keys, *(x for x in arrays if x is not None)]
 
     def _check_local_cp_size(self, local_cp_size: int | None) -> None:
         way_out = "pass the group this batch uses; cp_group=None for local_cp_size=1"
@@ -444,6 +446,22 @@ class ContextParallelHandler(ABC):
             error: what this rank is about to raise; it then only tells the others.
         """
         del call, error
+
+    def agreed(self, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
+        """Run a check that comes before an exchange, and let the other ranks know whether it passed.
+
+        Args:
+            method: what this rank is about to do.
+            check: checks it; what it raises is raised here, once the others have been told.
+            describe: what it found, in words that must be the same on all ranks.
+        """
+        try:
+            result = check()
+        except Exception as error:
+            self.agree(method, error)
+            raise
+        self.agree(f"{method} {describe(result)}")
+        return result
 
     @abstractmethod
     def dispatch(

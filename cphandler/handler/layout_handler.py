@@ -308,7 +308,7 @@ class LayoutHandler(ContextParallelHandler):
             return dim
 
         if self._gathers_gradient(tensor, grad):
-            dim = self.agreed("dispatch", check, lambda dim: f"dim {dim} of {kind_of(tensor)}")
+            dim = self.agreed("dispatch", check, lambda dim: f"{self._dim_of(stream, dim)} of {kind_of(tensor)}")
         else:
             dim = check()
         if not self.sequence_sharded:
@@ -316,6 +316,10 @@ class LayoutHandler(ContextParallelHandler):
         self._check_capture("dispatch", tensor.device)
         rows = dispatch_rows(tensor, dim, self.shards[stream], pad_value, self.ranks.name, grad)
         return self._consistency.watched(rows) if self._gathers_gradient(tensor, grad) else rows
+
+    def _dim_of(self, stream: str, dim: int) -> str:
+        """A dim in words that differ from stream to stream, where there are two."""
+        return f"dim {dim} of stream {stream}" if self.is_cross_attention else f"dim {dim}"
 
     def _gathers_gradient(self, tensor: Any, grad: str) -> bool:
         """Whether the backward pass of a cut will be an exchange."""
@@ -334,7 +338,9 @@ class LayoutHandler(ContextParallelHandler):
             check()
             return tensor
         self._check_capture("combine", tensor.device)
-        dim = self.agreed("combine", check, lambda dim: f"dim {dim} of {kind_of(tensor)}, grad {grad}")
+        dim = self.agreed(
+            "combine", check, lambda dim: f"{self._dim_of(stream, dim)} of {kind_of(tensor)}, grad {grad}"
+        )
         return self._consistency.watched(combine_rows(tensor, dim, self.shards[stream], grad, self.ranks.name))
 
     def rope(
@@ -380,7 +386,7 @@ class LayoutHandler(ContextParallelHandler):
             raise InvalidTypeError(
                 f"{method} takes the tensor first, then the sequence dim",
                 got=f"{type(tensor).__name__}, {type(seq_dim).__name__}",
-                fix=f"call {method}(tensor, seq_dim); Megatron's proposal has them the other way round"
+                fix=f"call {method}(tensor, seq_dim), in this order"
                 if isinstance(seq_dim, Tensor)
                 else "make a tensor of it: torch.as_tensor(...)",
             )
@@ -414,7 +420,8 @@ class LayoutHandler(ContextParallelHandler):
             return dim
 
         def describe(dim: int) -> str:
-            return f"by {shifts if isinstance(shifts, int) else list(shifts)} in dim {dim} of {kind_of(tensor)}"
+            by = shifts if isinstance(shifts, int) else list(shifts)
+            return f"by {by} in {self._dim_of(stream, dim)} of {kind_of(tensor)}"
 
         if isinstance(tensor, Tensor):
             self._check_capture("roll_tensor", tensor.device)
@@ -422,7 +429,8 @@ class LayoutHandler(ContextParallelHandler):
         farthest = self.shards[stream].layout.num_tokens  # from there on nothing moves
         each = tuple(max(-farthest, min(farthest, shift)) for shift in checked_shifts(shifts))
         rolled = roll(tensor, dim, self._route(stream, each, tensor.device), fill_value, self.ranks.name)
-        self._consistency.watched(rolled)
+        if self.sequence_sharded:
+            self._consistency.watched(rolled)
         if self.shards[stream].padded_rows is not None:
             valid = torch.stack([self.shards[stream].shifted_validity(shift, rolled.device) for shift in each])
             rolled = cleared(rolled, dim + 1, valid, fill_value)

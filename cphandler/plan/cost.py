@@ -66,7 +66,10 @@ def rank_cost(bands: Table, queries: Layout, keys: Layout) -> RankCost:
         np.add.at(rows, runs.ranks, runs.stops - runs.starts)
         for spans in keys.tables(ranks):
             np.subtract.at(rows, runs.ranks, _held(runs, spans, keys.num_tokens))
-    return RankCost(_unlimited(area) if sum(area.tolist()) >= MOST_PAIRS else area.astype(np.int64), rows)
+    area = _unlimited(area) if sum(area.tolist()) >= MOST_PAIRS else area.astype(np.int64)
+    for column in (area, rows):
+        column.setflags(write=False)  # kept with the plan, and handed out
+    return RankCost(area, rows)
 
 
 def product(column: Table, factor: int) -> Table:

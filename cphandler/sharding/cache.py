@@ -25,6 +25,9 @@ MOST_BATCHES = 64
 MOST_BYTES = 256 << 20
 """Bytes of all that is kept of them, on the host and on devices."""
 
+MOST_VALUES = 1024
+"""Values that are kept with one batch, several for each mask: one that has more is made anew when it comes again."""
+
 
 class Seat(NamedTuple):
     """Whose shards are wanted.
@@ -54,7 +57,16 @@ class Batch(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept with it: it grows as methods are called."""
-        return sum(memo.nbytes for memo in {id(x): x for x in (self.queries.memo, self.keys.memo, self.memo)}.values())
+        return sum(memo.nbytes for memo in self._memos)
+
+    @property
+    def num_values(self) -> int:
+        """Values that are kept with it: as many more as there are masks."""
+        return sum(map(len, self._memos))
+
+    @property
+    def _memos(self) -> list[Memo]:
+        return list({id(x): x for x in (self.queries.memo, self.keys.memo, self.memo)}.values())
 
 
 class BatchCache:
@@ -66,11 +78,15 @@ class BatchCache:
     Args:
         most_batches: how many to keep.
         most_bytes: bytes of all of them. A batch that has more alone is not kept.
+        most_values: values of one of them. What a batch holds grows by its masks, also while it is kept.
     """
 
-    def __init__(self, most_batches: int = MOST_BATCHES, most_bytes: int = MOST_BYTES) -> None:
-        self.most_batches, self.most_bytes = most_batches, most_bytes
+    def __init__(
+        self, most_batches: int = MOST_BATCHES, most_bytes: int = MOST_BYTES, most_values: int = MOST_VALUES
+    ) -> None:
+        self.most_batches, self.most_bytes, self.most_values = most_batches, most_bytes, most_values
         self._kept: OrderedDict[Hashable, Batch] = OrderedDict()
+        self._sizes: dict[Hashable, int] = {}
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -86,28 +102,39 @@ class BatchCache:
         """Forget all of it."""
         with self._lock:
             self._kept.clear()
+            self._sizes.clear()
 
     def find(self, key: Hashable) -> Batch | None:
-        """The batch of a key, which is then the one used last."""
+        """The batch of a key, which is then the one used last; None also where it has grown past what is kept."""
         with self._lock:
             batch = self._kept.get(key)
-            if batch is not None:
-                self._kept.move_to_end(key)
-            return batch
+            if batch is None:
+                return None
+            self._kept.move_to_end(key)
+            self._sizes[key] = batch.nbytes
+            self._trim()
+            return self._kept.get(key)
 
     def keep(self, key: Hashable, batch: Batch) -> Batch:
         """Keep a batch, and drop the ones used longest ago where there are too many; the first of those with one key.
 
-        What batches hold is measured here, with what they have grown by.
+        What batches hold is measured here, with what they have grown by, and that of one that is found again.
         """
         with self._lock:
             batch = self._kept.setdefault(key, batch)
-            sizes = {each: kept.nbytes for each, kept in self._kept.items()}
-            total = sum(sizes.values())
-            while self._kept and (len(self._kept) > self.most_batches or total > self.most_bytes):
-                oldest, _ = self._kept.popitem(last=False)
-                total -= sizes[oldest]
+            self._sizes = {each: kept.nbytes for each, kept in self._kept.items()}
+            self._trim()
             return batch
+
+    def _trim(self) -> None:
+        """Drop the last batch used where it has grown too much, and the first where all are too much."""
+        last = next(reversed(self._kept))
+        if self._kept[last].num_values > self.most_values:
+            del self._kept[last], self._sizes[last]
+        total = sum(self._sizes.values())
+        while self._kept and (len(self._kept) > self.most_batches or total > self.most_bytes):
+            oldest, _ = self._kept.popitem(last=False)
+            total -= self._sizes.pop(oldest)
 
     def after_fork(self) -> None:
         """Begin anew in a forked process: locks may be held there by threads that it has not.
@@ -115,7 +142,7 @@ class BatchCache:
         What was kept stays where it is, since tensors on a device must not be freed by a child.
         """
         self._left = self._kept
-        self._kept, self._lock = OrderedDict(), Lock()
+        self._kept, self._sizes, self._lock = OrderedDict(), {}, Lock()
 
 
 cache = BatchCache()

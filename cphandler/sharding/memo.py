@@ -31,6 +31,13 @@ class Memo:
         """Itself: what follows from a batch follows for whoever holds it."""
         return self
 
+    def __len__(self) -> int:
+        """How many values are held."""
+        return len(self._made)
+
+    def __bool__(self) -> bool:
+        return True
+
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held."""

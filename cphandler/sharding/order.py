@@ -45,7 +45,7 @@ class SequenceOrder(NamedTuple):
             device: where the data is.
         """
         identity = len(places) == len(tokens) and bool((np.diff(places) == 1).all())
-        runs = torch.from_numpy(_runs(tokens, ranks, identity=identity))
+        runs = device_copy(_runs(tokens, ranks, identity=identity), torch.device("cpu"))
         return cls(device_copy(places, device), device_copy(tokens, device), runs, identity)
 
 

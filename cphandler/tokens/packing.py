@@ -14,6 +14,7 @@ from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.tokens.counts import checked_count
 from cphandler.tokens.documents import Documents, Offsets
 from cphandler.tokens.intervals import offsets_of
+from cphandler.tokens.offsets import as_int32
 
 
 def pack_lengths(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -114,8 +115,8 @@ def pack_documents(
         "labels": labels,
         "loss_mask": (labels != -100).to(torch.float32),
         "position_ids": torch.from_numpy(positions),
-        "cu_seqlens": torch.from_numpy(offsets).to(torch.int32),
-        "cu_seqlens_padded": torch.from_numpy(padded).to(torch.int32) if (lengths != physical).any() else None,
+        "cu_seqlens": as_int32(offsets, torch.device("cpu")),
+        "cu_seqlens_padded": as_int32(padded, torch.device("cpu")) if (lengths != physical).any() else None,
         "max_seqlen": int(physical.max(initial=0)),
         "num_documents": len(documents),
         **{name: _laid_out(rows, padded) for name, rows in streams.items()},

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from cphandler.comm.collectives import all_gather
-from cphandler.comm.groups import GroupSource, resolve_group
+from cphandler.comm.groups import GroupSource
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.training.arguments import INTEGERS, MASKS, check_floats, check_integers, check_rows, checked_handler
-from cphandler.training.rows import check_one_per_token, real_rows
+from cphandler.training.rows import agreed, check_one_per_token, further_holders, holders, real_rows
 
 
 def token_count(labels_or_mask: Tensor, handler: ContextParallelHandler, group: GroupSource = None) -> Tensor:
@@ -30,9 +30,13 @@ def token_count(labels_or_mask: Tensor, handler: ContextParallelHandler, group: 
         InvalidTypeError: neither integers nor bool.
         InvalidValueError: rows that are not this rank's.
     """
-    check_rows("labels_or_mask", labels_or_mask, (torch.bool, *INTEGERS), "integers or bool")
-    counted = labels_or_mask if labels_or_mask.dtype == torch.bool else labels_or_mask >= 0
-    return _over_ranks(_counted(counted, handler).sum(), handler, group)
+
+    def own() -> Tensor:
+        check_rows("labels_or_mask", labels_or_mask, (torch.bool, *INTEGERS), "integers or bool")
+        counted = labels_or_mask if labels_or_mask.dtype == torch.bool else labels_or_mask >= 0
+        return _counted(counted, handler).sum()
+
+    return _over_ranks("token_count", own, handler, group)
 
 
 @torch.no_grad()
@@ -52,12 +56,16 @@ def token_mean(values: Tensor, mask: Tensor, handler: ContextParallelHandler, gr
         InvalidTypeError: values that are not floating point.
         InvalidValueError: rows that are not this rank's, shapes that differ.
     """
-    check_floats("values", values)
-    check_rows("mask", mask, MASKS, "bool or numbers")
-    _check_alike("mask", mask, "values", values)
-    weights = _counted(mask != 0, handler) * mask.to(torch.float64)
-    kept = values.to(torch.float64).masked_fill(weights == 0, 0.0)
-    total, count = _over_ranks(torch.stack([(kept * weights).sum(), weights.sum()]), handler, group).unbind()
+
+    def own() -> Tensor:
+        check_floats("values", values)
+        check_rows("mask", mask, MASKS, "bool or numbers")
+        _check_alike("mask", mask, "values", values)
+        weights = _counted(mask != 0, handler) * mask.to(torch.float64)
+        kept = values.to(torch.float64).masked_fill(weights == 0, 0.0)
+        return torch.stack([(kept * weights).sum(), weights.sum()])
+
+    total, count = _over_ranks("token_mean", own, handler, group).unbind()
     return total / count.masked_fill(count == 0, 1.0)
 
 
@@ -80,12 +88,15 @@ def token_accuracy(
         InvalidTypeError: not integers.
         InvalidValueError: rows that are not this rank's, shapes that differ.
     """
-    check_integers("predictions", predictions)
-    check_integers("labels", labels)
-    _check_alike("predictions", predictions, "labels", labels)
-    counted = _counted(labels >= 0, handler)
-    pair = torch.stack([((predictions == labels) & counted).sum(), counted.sum()])
-    right, count = _over_ranks(pair, handler, group).to(torch.float64).unbind()
+
+    def own() -> Tensor:
+        check_integers("predictions", predictions)
+        check_integers("labels", labels)
+        _check_alike("predictions", predictions, "labels", labels)
+        counted = _counted(labels >= 0, handler)
+        return torch.stack([((predictions == labels) & counted).sum(), counted.sum()])
+
+    right, count = _over_ranks("token_accuracy", own, handler, group).to(torch.float64).unbind()
     return right / count.clamp_min(1)
 
 
@@ -115,31 +126,44 @@ def token_histogram(
         InvalidTypeError: values that are not floating point.
         InvalidValueError: rows that are not this rank's, shapes that differ, edges that do not ascend.
     """
-    check_floats("values", values)
-    check_rows("mask", mask, MASKS, "bool or numbers")
-    _check_alike("mask", mask, "values", values)
-    bounds = _checked_edges(edges).to(values.device)
-    exact = values.to(torch.float64)
-    counted = _counted(mask != 0, handler) & (exact >= bounds[0]) & (exact <= bounds[-1])
-    bins = (torch.bucketize(exact, bounds, right=True) - 1).clamp(0, len(bounds) - 2)
-    counts = counted.new_zeros(len(bounds) - 1, dtype=torch.int64)
-    counts = counts.index_add(0, bins.flatten(), counted.flatten().to(torch.int64))
-    return _over_ranks(counts, handler, group)
+
+    def own() -> Tensor:
+        check_floats("values", values)
+        check_rows("mask", mask, MASKS, "bool or numbers")
+        _check_alike("mask", mask, "values", values)
+        bounds = _checked_edges(edges).to(values.device)
+        exact = values.to(torch.float64)
+        counted = _counted(mask != 0, handler) & (exact >= bounds[0]) & (exact <= bounds[-1])
+        bins = (torch.bucketize(exact, bounds, right=True) - 1).clamp(0, len(bounds) - 2)
+        counts = counted.new_zeros(len(bounds) - 1, dtype=torch.int64)
+        return counts.index_add(0, bins.flatten(), counted.flatten().to(torch.int64))
+
+    return _over_ranks("token_histogram", own, handler, group)
 
 
 def _counted(mask: Tensor, handler: ContextParallelHandler) -> Tensor:
     """Which rows of a mask count: none of padding."""
-    handler = checked_handler(handler)
     return mask & real_rows(handler, mask, check_one_per_token("the tensor", mask, handler))
 
 
-def _over_ranks(own: Tensor, handler: ContextParallelHandler, group: GroupSource) -> Tensor:
-    """Summed over the ranks that hold other tokens."""
-    names = [handler.ranks.name] if handler.sequence_sharded else []
-    names += [] if group is None else [resolve_group(group).name]
-    for name in filter(None, names):
-        own = all_gather(own.unsqueeze(0), name).sum(0)
-    return own
+def _over_ranks(name: str, own: Callable[[], Tensor], handler: ContextParallelHandler, group: GroupSource) -> Tensor:
+    """What each rank has, summed over the ranks that hold other tokens.
+
+    Args:
+        name: of the function.
+        own: checks the arguments of this rank, and gives what it has.
+        handler: the batch's.
+        group: the data-parallel group.
+    """
+    handler = checked_handler(handler)
+
+    def check() -> tuple[Tensor, tuple[str, ...]]:
+        return own(), (*holders(handler), *further_holders(group))
+
+    part, names = agreed(handler, name, check, lambda found: str(list(found[0].shape)))
+    for each in names:
+        part = all_gather(part.unsqueeze(0), each).sum(0)
+    return part
 
 
 def _check_alike(name: str, x: Tensor, other: str, y: Tensor) -> None:

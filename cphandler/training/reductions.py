@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from cphandler.comm.collectives import all_gather
-from cphandler.comm.groups import GroupSource, resolve_group
+from cphandler.comm.groups import GroupSource
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.precision import accumulator_dtype
 from cphandler.training.arguments import MASKS, check_floats, check_rows, checked_divisor, checked_handler
 from cphandler.training.log_probs import token_log_probs
-from cphandler.training.rows import check_one_per_token, real_rows, sequence_numbers
+from cphandler.training.rows import (
+    agreed,
+    check_one_per_token,
+    further_holders,
+    holders,
+    real_rows,
+    sequence_numbers,
+)
 
 Reduction: TypeAlias = Literal[
     "token_mean", "token_sum", "sequence_mean_of_token_mean", "sequence_mean_of_token_sum", "fixed"
@@ -53,14 +60,24 @@ def sum_over_tokens(values: Tensor, handler: ContextParallelHandler, *, group: G
         handler: the batch's; on a layout that every rank holds whole nothing is summed.
         group: ranks that hold other batches of the same step (data parallel), to be summed over too.
     """
-    check_floats("values", values)
     handler = checked_handler(handler)
-    names = [handler.ranks.name] if handler.sequence_sharded and handler.cp_size > 1 else []
-    if group is not None:
-        other = resolve_group(group)
-        names += [other.name] if other.size > 1 else []
-    total: Tensor = _Everyone.apply(values, tuple(name for name in names if name))  # type: ignore[no-untyped-call]
+
+    def check() -> tuple[str, ...]:
+        check_floats("values", values)
+        return *holders(handler), *further_holders(group)
+
+    names = agreed(handler, "sum_over_tokens", check, lambda _: f"{_dtype_of(values)} {list(values.shape)}")
+    return _summed(values, names)
+
+
+def _summed(values: Tensor, names: tuple[str, ...]) -> Tensor:
+    """See :func:`sum_over_tokens`."""
+    total: Tensor = _Everyone.apply(values, names)  # type: ignore[no-untyped-call]
     return total
+
+
+def _dtype_of(values: Tensor) -> str:
+    return str(values.dtype).removeprefix("torch.")
 
 
 def reduce_token_loss(
@@ -103,17 +120,22 @@ def reduce_token_loss(
         InvalidValueError: shapes that do not fit, an unknown reduction, a divisor that is missing or not asked for.
     """
     handler = checked_handler(handler)
-    _check(
-        values, mask, reduction, {"normalizer": normalizer, "num_tokens": num_tokens, "num_sequences": num_sequences}
-    )
-    real = real_rows(handler, values, check_one_per_token("values", values, handler))
+    divisors = {"normalizer": normalizer, "num_tokens": num_tokens, "num_sequences": num_sequences}
+
+    def check() -> tuple[Tensor, tuple[str, ...], tuple[str, ...]]:
+        _check(values, mask, reduction, divisors)
+        real = real_rows(handler, values, check_one_per_token("values", values, handler))
+        return real, holders(handler), further_holders(group)
+
+    real, names, further = agreed(handler, "reduce_token_loss", check, lambda _: f"{reduction} of {_dtype_of(values)}")
     weights = mask.to(accumulator_dtype(values.dtype)).masked_fill(~real, 0.0)
     kept = values.to(weights.dtype).masked_fill(weights == 0, 0.0)
     if reduction.startswith("sequence"):
-        total, count = _over_sequences(kept * weights, weights, handler, reduction, group).unbind()
+        of_sequences = _over_sequences(kept * weights, weights, handler, reduction, names)
+        total, count = _summed(of_sequences, further).unbind()
         return _divided(total, count if num_sequences is None else num_sequences)
     sums = torch.stack([(kept * weights).sum(), weights.sum()])
-    total, count = sum_over_tokens(sums, handler, group=group).unbind()
+    total, count = _summed(sums, names + further).unbind()
     if reduction == "token_sum":
         return total
     if reduction == "fixed":
@@ -147,9 +169,16 @@ def language_model_loss(
         group: the data-parallel group.
         **options: of :func:`token_log_probs`: ``temperature``, ``chunk_size``, ``tp_group``, ``vocab_size``, ``exact``.
     """
-    values = token_log_probs(logits, labels, **options)
-    if not isinstance(values, Tensor):
-        raise InvalidTypeError("a loss is one number", got="return_entropy or return_top1", fix="call token_log_probs")
+    handler = checked_handler(handler)
+
+    def check() -> Tensor:
+        values = token_log_probs(logits, labels, **options)
+        if not isinstance(values, Tensor):
+            fix = "call token_log_probs"
+            raise InvalidTypeError("a loss is one number", got="return_entropy or return_top1", fix=fix)
+        return values
+
+    values = agreed(handler, "language_model_loss", check, _dtype_of)
     divisors: dict[str, Any] = {"normalizer": normalizer, "num_tokens": num_tokens, "num_sequences": num_sequences}
     return reduce_token_loss(-values, labels >= 0, handler, reduction=reduction, group=group, **divisors)
 
@@ -161,20 +190,17 @@ def _divided(total: Tensor, divisor: float | Tensor) -> Tensor:
 
 
 def _over_sequences(
-    values: Tensor, weights: Tensor, handler: ContextParallelHandler, reduction: str, group: GroupSource
+    values: Tensor, weights: Tensor, handler: ContextParallelHandler, reduction: str, names: tuple[str, ...]
 ) -> Tensor:
-    """The sum over sequences, and how many have a token that counts."""
+    """The sum over the batch's sequences, and how many have a token that counts."""
     sequence, number = sequence_numbers(values, handler)
     sums = values.new_zeros(2, number).index_add(1, sequence, torch.stack([values.flatten(), weights.flatten()]))
-    totals, counts = sum_over_tokens(sums, handler).unbind()
+    totals, counts = _summed(sums, names).unbind()
     counts = counts.detach()
     present = counts > 0
     if reduction == "sequence_mean_of_token_mean":
         totals = totals / counts.masked_fill(~present, 1.0)
-    own = torch.stack([totals.sum(), present.sum().to(totals.dtype)])
-    if group is not None:
-        own = _Everyone.apply(own, (resolve_group(group).name,))  # type: ignore[no-untyped-call]
-    return own
+    return torch.stack([totals.sum(), present.sum().to(totals.dtype)])
 
 
 DIVISORS = {

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from cphandler.comm.groups import CPGroup, GroupSource, resolve_group
 from cphandler.errors import InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
+
+T = TypeVar("T")
+
+
+def agreed(handler: ContextParallelHandler, method: str, check: Callable[[], T], describe: Callable[[T], str]) -> T:
+    """What a check gives, before an exchange over the batch's ranks: where it raises on one, the others are told.
+
+    Args:
+        handler: the batch's.
+        method: how errors of other ranks call the function.
+        check: checks this rank's arguments.
+        describe: what it gave, in words that must be the same on all ranks.
+    """
+    if not handler.sequence_sharded or torch.compiler.is_compiling():
+        return check()
+    return handler.agreed(method, check, describe)
+
+
+def holders(handler: ContextParallelHandler) -> tuple[str, ...]:
+    """The name of the group whose other ranks hold other tokens of the batch; none where every rank holds all."""
+    return _names([handler.ranks] if handler.sequence_sharded else [])
+
+
+def further_holders(group: GroupSource) -> tuple[str, ...]:
+    """The name of the group whose other ranks hold other batches; none without one."""
+    return _names([] if group is None else [resolve_group(group)])
+
+
+def _names(groups: Sequence[CPGroup]) -> tuple[str, ...]:
+    """Of groups with more than one rank. One that cannot communicate has no name, which collectives refuse."""
+    return tuple(group.name for group in groups if group.size > 1)
 
 
 def rows_dim(name: str, values: Tensor, handler: ContextParallelHandler) -> int:
@@ -31,6 +66,13 @@ def rows_dim(name: str, values: Tensor, handler: ContextParallelHandler) -> int:
     if values.dim() < least or values.shape[dim] != rows:
         raise InvalidValueError(
             f"{name} must be this rank's rows, {form} with L = {rows}",
+            got=f"shape {list(values.shape)}",
+            fix="pass what dispatch gave, or what was computed from it",
+        )
+    padded = handler.queries.padded_rows
+    if padded is not None and handler.qkv_format != "thd" and values.shape[1 - dim] != padded.num_documents:
+        raise InvalidValueError(
+            f"{name} must have the {padded.num_documents} rows of the batch, {form}",
             got=f"shape {list(values.shape)}",
             fix="pass what dispatch gave, or what was computed from it",
         )

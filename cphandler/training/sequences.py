@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,7 +18,15 @@ from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags, Table
 from cphandler.training.arguments import MASKS, check_floats, check_rows, checked_handler
 from cphandler.training.reductions import sum_over_tokens
-from cphandler.training.rows import check_one_per_token, real_rows, rows_dim, sequence_numbers, sequence_places
+from cphandler.training.rows import (
+    agreed,
+    check_one_per_token,
+    holders,
+    real_rows,
+    rows_dim,
+    sequence_numbers,
+    sequence_places,
+)
 
 
 def gather_tokens(
@@ -138,9 +148,13 @@ def gather_last_tokens(values: Tensor, handler: ContextParallelHandler, mask: Te
         ``[D]`` of a packed batch's sequences, ``[B]`` of a dense one's rows; 0 for one without such a token. Backward
         the owner of each gets its gradient.
     """
-    check_floats("values", values)
     handler = checked_handler(handler)
-    owned, sequence, number = _last_rows(values, handler, mask)
+
+    def rows() -> Tensor:
+        check_floats("values", values)
+        return values
+
+    owned, sequence, number = _last_rows("gather_last_tokens", rows, handler, mask)
     chosen = values.masked_fill(~owned, 0.0).flatten()
     return sum_over_tokens(values.new_zeros(number).index_add(0, sequence, chosen), handler)
 
@@ -159,12 +173,15 @@ def scatter_last_tokens(scalars: Tensor, handler: ContextParallelHandler, mask: 
     Raises:
         InvalidValueError: another number of scalars than of sequences.
     """
-    _check_tensor("scalars", scalars)
     handler = checked_handler(handler)
-    if mask is not None:
-        check_rows("mask", mask, MASKS, "bool or numbers")
-    like = _any_rows(handler, scalars) if mask is None else mask
-    owned, sequence, number = _last_rows(like, handler, mask)
+
+    def rows() -> Tensor:
+        _check_tensor("scalars", scalars)
+        if mask is not None:
+            check_rows("mask", mask, MASKS, "bool or numbers")
+        return _any_rows(handler, scalars) if mask is None else mask
+
+    owned, sequence, number = _last_rows("scatter_last_tokens", rows, handler, mask)
     if scalars.shape != (number,):
         raise InvalidValueError(
             f"scalars must be one for each of the {number} sequences",
@@ -184,25 +201,43 @@ def _any_rows(handler: ContextParallelHandler, scalars: Tensor) -> Tensor:
     return scalars.new_empty(shape if handler.qkv_format == "sbhd" else shape[::-1])
 
 
-def _last_rows(values: Tensor, handler: ContextParallelHandler, mask: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Which local rows are the last of their sequence among those that count, each row's sequence, and their number."""
-    real = real_rows(handler, values, check_one_per_token("values", values, handler))
-    if mask is not None:
-        check_rows("mask", mask, MASKS, "bool or numbers")
-        if mask.shape != values.shape:
-            raise InvalidValueError(
-                "mask must have the shape of the values",
-                got=f"{list(mask.shape)} beside {list(values.shape)}",
-                fix="dispatch both, with pad_value=0 for the mask",
-            )
-        real = real & (mask != 0)
+def _last_rows(
+    name: str, rows: Callable[[], Tensor], handler: ContextParallelHandler, mask: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """Which local rows are the last of their sequence among those that count, each row's sequence, and their number.
+
+    Args:
+        name: of the function.
+        rows: checks its arguments, and gives a tensor of local rows.
+        handler: the batch's.
+        mask: which rows count; None for all real ones.
+    """
+
+    def check() -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        values = rows()
+        real = real_rows(handler, values, check_one_per_token("values", values, handler))
+        return values, real if mask is None else real & _counting(mask, values), holders(handler)
+
+    values, real, names = agreed(handler, name, check, lambda found: str(list(found[0].shape)))
     sequence, number = sequence_numbers(values, handler)
     places = sequence_places(values, handler).masked_fill(~real, -1)
     last = places.new_full((number,), -1).scatter_reduce(0, sequence, places.flatten(), "amax")
-    if handler.sequence_sharded and handler.ranks.name:
-        last = all_gather(last.unsqueeze(0), handler.ranks.name).amax(0)
+    for each in names:
+        last = all_gather(last.unsqueeze(0), each).amax(0)
     owned = real if not number else real & (places == last.index_select(0, sequence).view(places.shape))
     return owned, sequence, number
+
+
+def _counting(mask: Tensor, values: Tensor) -> Tensor:
+    """Which tokens a mask counts."""
+    check_rows("mask", mask, MASKS, "bool or numbers")
+    if mask.shape != values.shape:
+        raise InvalidValueError(
+            "mask must have the shape of the values",
+            got=f"{list(mask.shape)} beside {list(values.shape)}",
+            fix="dispatch both, with pad_value=0 for the mask",
+        )
+    return mask != 0
 
 
 def _dense(whole: Tensor, dim: int, handler: ContextParallelHandler, padding_value: float, *, nested: bool) -> Tensor:
