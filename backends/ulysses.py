@@ -28,8 +28,8 @@ class UlyssesAttention(Attention):
         if self.host.ranks.size == 1:
             return self.attend_whole(call)
         heads = call.prepared.heads if call.prepared else self.head_parallel(call.q.device)
-        result = heads.gather(call, self.attend_whole(heads.scatter(call)))
-        self.host.watched(result.out)  # its backward pass is the first to send
+        result = heads.gather(call, self.attend_whole(heads.scatter(call), last=False))
+        self.host.watched(result.out)
         return result
 
 

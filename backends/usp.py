@@ -38,8 +38,8 @@ class USPAttention(Attention):
         if self._levels.inner.size == 1:
             return self.attend(call)
         heads = call.prepared.heads if call.prepared else self.head_parallel(call.q.device)
-        result = heads.gather(call, self.attend(heads.scatter(call)))
-        self.host.watched(result.out)  # its backward pass is the first to send
+        result = heads.gather(call, self.attend(heads.scatter(call), last=False))
+        self.host.watched(result.out)
         return result
 
 

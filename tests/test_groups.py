@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cphandler import CPConfig, CPError, InvalidTypeError, InvalidValueError, get_cp_handler_cls
 from cphandler.comm.groups import level_groups, resolve_group
+from cphandler.comm.membership import members
 from cphandler.testing import RankPool
 
 
@@ -204,3 +205,25 @@ def test_groups_of_levels_are_let_go() -> None:
     with RankPool(2, timeout=60) as pool:  # of ranks that are in as many groups as each other
         for asked in (False, True):
             assert not any(pool.run(_a_group_of_levels, asked))
+
+
+def test_a_group_of_the_same_name_is_another() -> None:
+    """torch counts names from 0 again after `destroy_process_group()`."""
+    names = []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            world = dist.group.WORLD
+            assert world is not None
+            group = resolve_group(world, timeout=3.0)
+            assert members(group.name).group is world
+            for name in names:
+                with pytest.raises(InvalidValueError, match="does not exist any more"):
+                    members(name)
+            names.append(group.name)
+        finally:
+            dist.destroy_process_group()
+    assert names[0].split("#")[0] == names[1].split("#")[0], "else this shows nothing"
+    for name in names:
+        with pytest.raises(InvalidValueError, match="does not exist any more"):
+            members(name)

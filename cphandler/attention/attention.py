@@ -388,8 +388,13 @@ class Attention:
             return Plans(pair, layouts, group.rank)
         return Plans(pair, layouts, group.rank, self.exchange, group.name, ordered=ordered)
 
-    def attend(self, call: AttentionCall) -> AttentionResult:
+    def attend(self, call: AttentionCall, *, last: bool = True) -> AttentionResult:
         """Built-in attention of the call's queries over all keys they may see, wherever the exchange finds them.
+
+        Args:
+            call: the call.
+            last: nothing is exchanged after it, so that its backward pass is the first to send anything: the ranks'
+                check is told. Where something is, tell it of that: ``self.host.watched(out)``.
 
         Returns:
             ``out [B, L, N, D_v]``, ``lse [B, L, N]`` and, where it is wanted, ``max_logit [N]`` of these queries.
@@ -401,7 +406,8 @@ class Attention:
             q, k, v = (x.reshape(1, batch * x.shape[1], *x.shape[2:]) for x in (q, k, v))
         plan, scalars, indices = self._found(call) if call.prepared is not None else self._prepared(call, q.device)
         out, lse = attention(q, k, v, plan, scalars, sinks=call.sinks, indices=indices)
-        self.host.watched(out)
+        if last:
+            self.host.watched(out)
         largest = max_logit(q, k, plan, scalars, indices) if call.wants_max_logit else None
         if padded:
             out, lse = out.view(batch, rows, heads, out.shape[-1]), lse.view(batch, rows, heads)
@@ -445,18 +451,19 @@ class Attention:
             repeats=call.repeats,
         )
 
-    def attend_whole(self, call: AttentionCall) -> AttentionResult:
+    def attend_whole(self, call: AttentionCall, *, last: bool = True) -> AttentionResult:
         """Attention over whole documents held on this rank, by the built-in kernels or the caller's own.
 
         Args:
             call: a call whose tensors hold all tokens in global order, ``[B, S, heads, D]``; see
                 :meth:`AttentionCall.replaced`.
+            last: see :meth:`attend`.
 
         Returns:
             ``out [B, S, heads, D_v]`` and, but from a caller's own attention, ``lse [B, S, heads]``.
         """
         if call.module is None:
-            return self.attend(call)
+            return self.attend(call, last=last)
         return AttentionResult(self._call_module(call), None, None)
 
     def settled(self, call: AttentionCall, result: AttentionResult) -> Tensor | AttentionResult:

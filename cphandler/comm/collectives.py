@@ -197,23 +197,32 @@ def agree(payload: bytes, group_name: str) -> list[bytes]:
     at = members(group_name)
     if at.size == 1:
         return [payload]
-    mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(device_of(at.group))
-    everyone = mine.new_zeros((at.size, len(mine)))
-    everyone[at.rank] = mine
+    device = device_of(at.group)
+    rows = [bytearray(payload if peer == at.rank else len(payload)) for peer in range(at.size)]
+    everyone = [
+        torch.frombuffer(row, dtype=torch.uint8) for row in rows
+    ]  # read as bytes: what torch makes under one of
+    if device.type != "cpu":  # its transforms has no memory to be read
+        everyone = [row.to(device) for row in everyone]
     peers = [peer for peer in range(at.size) if peer != at.rank]
-    record_sent("check", mine.nbytes * len(peers), len(peers))
+    mine, others = everyone[at.rank], [(everyone[peer], peer) for peer in peers]
+
+    def arrived() -> list[bytes]:
+        return [bytes(row) for row in (rows if device.type == "cpu" else (row.cpu().numpy() for row in everyone))]
+
+    record_sent("check", len(payload) * len(peers), len(peers))
     try:
-        if membership.on_gloo(mine.device, at.group) or at.size < dist.get_world_size(at.group):
-            transfers.posted([(mine, peer) for peer in peers], [(everyone[peer], peer) for peer in peers], at).wait()
+        if membership.on_gloo(device, at.group) or at.size < dist.get_world_size(at.group):
+            transfers.posted([(mine, peer) for peer in peers], others, at).wait()
         else:
-            work = dist.all_gather([*everyone], mine, group=at.group, async_op=True)
+            work = dist.all_gather(everyone, mine, group=at.group, async_op=True)
             finish(work, None if at.limit is None else time.monotonic() + at.limit)
     except RankLostError as error:
-        away = [at.peers[peer] for peer in peers if not everyone[peer].any()] if error.late else error.ranks
+        away = [at.peers[peer] for peer in peers if not any(arrived()[peer])] if error.late else error.ranks
         raise _absent(at, away or error.ranks, late=error.late) from error
     except RuntimeError as error:
         raise _absent(at, [], late=True) from error
-    return [bytes(row) for row in everyone.cpu().numpy()]
+    return arrived()
 
 
 def _absent(at: Members, ranks: list[int], *, late: bool) -> RankMismatchError:

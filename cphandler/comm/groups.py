@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cphandler.comm.collectives import maximum
-from cphandler.comm.membership import device_of, limited_name, sub_group_name
+from cphandler.comm.membership import device_of, limited_name, name_of, sub_group_name
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.tokens.counts import checked_count
 
@@ -241,7 +241,7 @@ def _resolve_process_group(group: dist.ProcessGroup) -> CPGroup:
     try:
         rank = dist.get_rank(group)
         size = dist.get_world_size(group)
-        name = str(group.group_name)
+        name = name_of(group)
         members = dist.get_process_group_ranks(group)
     except (ValueError, KeyError, RuntimeError) as error:
         raise _destroyed() from error

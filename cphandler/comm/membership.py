@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,20 @@ class Members(NamedTuple):
     rank: int
     peers: range
     limit: float | None = None
+
+
+_numbers: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_groups: dict[int, ref[dist.ProcessGroup]] = {}
+_count = count(1)
+
+
+def name_of(group: dist.ProcessGroup) -> str:
+    """A name for this very group: torch gives the names of groups that were destroyed to others."""
+    number = _numbers.get(group)
+    if number is None:
+        number = _numbers.setdefault(group, next(_count))
+        _groups[number] = ref(group, lambda _: _groups.pop(number, None))
+    return f"{group.group_name}#g{number}"
 
 
 def sub_group_name(group_name: str, peers: range) -> str:
@@ -55,23 +70,35 @@ def members(group_name: str) -> Members:
     Raises:
         InvalidValueError: the group was destroyed or never made in this process.
     """
-    name, some, limit = _read(group_name)
+    name, some, limit, number = _read(group_name)
     group = process_group(name)
+    if number is not None and (number not in _groups or _groups[number]() is not group):
+        raise _gone(name)
     peers = range(group.size()) if some is None else some
     return Members(group, len(peers), peers.index(group.rank()), peers, limit)
 
 
 @lru_cache(maxsize=1024)
-def _read(group_name: str) -> tuple[str, range | None, float | None]:
-    """The group's own name, the ranks of it that are meant where not all are, and the limit of a wait."""
+def _read(group_name: str) -> tuple[str, range | None, float | None, int | None]:
+    """The group's own name, the ranks of it that are meant where not all are, the limit of a wait, and its number."""
     name, *additions = group_name.split("#")
-    limit, peers = None, None
+    limit, peers, number = None, None, None
     for addition in additions:
-        if addition.endswith("s"):
+        if addition.startswith("g"):
+            number = int(addition[1:])
+        elif addition.endswith("s"):
             limit = float(addition[:-1])
         else:
             peers = range(*map(int, addition.split(":")))
-    return name, peers, limit
+    return name, peers, limit, number
+
+
+def _gone(name: str) -> InvalidValueError:
+    return InvalidValueError(
+        "the context-parallel process group does not exist any more",
+        got=f"group {name!r}",
+        fix="make the handler and run its backward before destroy_process_group",
+    )
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -89,11 +116,7 @@ def process_group(group_name: str) -> dist.ProcessGroup:
     try:
         return torch._C._distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type]
     except (RuntimeError, KeyError) as error:
-        raise InvalidValueError(
-            "the context-parallel process group does not exist any more",
-            got=f"group {group_name!r}",
-            fix="make the handler and run its backward before destroy_process_group",
-        ) from error
+        raise _gone(group_name) from error
 
 
 _transports: WeakKeyDictionary[dist.ProcessGroup, dict[str, str]] = WeakKeyDictionary()
