@@ -7,10 +7,12 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cphandler.kernels import merge
 from cphandler.kernels.merge import merge_into
 
 ROOT = Path(__file__).parent.parent
@@ -62,3 +64,25 @@ def test_rows_that_lie_apart() -> None:
     assert torch.equal(out[:, index], expected_out)
     assert torch.equal(lse[:, index], expected_lse)
     assert torch.equal(out[:, 1], untouched)
+
+
+def test_a_merge_that_cannot_be_launched_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton looks for a C compiler when it launches, not when it is imported."""
+    calls: list[int] = []
+
+    def launched(*tensors: torch.Tensor) -> None:
+        calls.append(len(tensors))
+        if len(calls) == 1:
+            raise RuntimeError("Failed to find C compiler")
+
+    fused = SimpleNamespace(merge_rows=launched)
+    monkeypatch.setattr(merge, "import_module", lambda _: fused)
+    merge._fused.cache_clear()
+    try:
+        assert merge._fused(torch.device("cpu")) is None
+        merge._fused.cache_clear()
+        assert merge._fused(torch.device("cpu")) is fused
+        assert merge._fused(torch.device("cpu")) is fused
+        assert calls == [4, 4], "tried once on a device"
+    finally:
+        merge._fused.cache_clear()

@@ -96,7 +96,17 @@ def test_the_kernel_alone_makes_its_launches_and_no_more() -> None:
         call = direct(kernel, inputs, sample.blocks(), Softmax(0.25), backward=True)
         calls.clear()
         call()
-    assert sorted(calls) == ["flash backward", "flash backward", "flash forward", "flash forward"]
+    assert sorted(calls) == ["flash backward", "flash forward"], "the document of one token is causal as the others are"
+
+
+def test_a_kernel_that_raises_is_one_row_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = kernels.Shape((4, 2), 16, torch.bfloat16, CPU)
+    with kernels_on_cpu():
+        kernel = get_kernel("double_torch_flash", "cpu")
+        assert kernels._checked(kernel, shape, kernels.SMALL).verdict == OK
+        monkeypatch.setattr(type(kernel), "launch_backward", lambda *_: {}["nothing"])
+        row = kernels._checked(kernel, shape, kernels.SMALL)
+    assert (row.verdict, "KeyError" in row.note) == (WRONG, True)
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:

@@ -18,13 +18,15 @@ from cphandler import (
     Full,
     InvalidValueError,
     Mask,
+    PerDocument,
     SlidingWindow,
     clear_plan_cache,
     get_cp_handler_cls,
 )
 from cphandler.kernels import launches
 from cphandler.kernels.buffer import Buffer, on_device
-from cphandler.testing import RankPool
+from cphandler.kernels.varlen import VarlenKernel, _is_aligned
+from cphandler.testing import RankPool, relative_error
 from tests.doubles import operators
 from tests.doubles.packages import kernels_on_cpu
 
@@ -89,6 +91,60 @@ def test_one_rank_makes_one_launch(mask: Mask, number: int) -> None:
     assert found["tables"] == 0
 
 
+@pytest.mark.parametrize("mask", [Causal(), Full(), SlidingWindow(20), SlidingWindow(5, 2)], ids=str)
+def test_documents_shorter_than_a_window_go_with_the_others(mask: Mask) -> None:
+    """What a window hides of them is what another one does: one launch, and all rows lie side by side."""
+    assert step("local", mask, [16, 1, 40, 1, 2, 1, 3])["launches"] == {"forward": 1, "backward": 1}
+
+
+def answers(kernel: str, lengths: list[int], mask: Mask) -> list[Tensor]:
+    """Output and gradients in bfloat16."""
+    generator = torch.Generator().manual_seed(3)
+    offsets = [0, *np.cumsum(lengths).tolist()]
+    handler = get_cp_handler_cls("local")(
+        qkv_format="thd", cu_seqlens_q=offsets, mask=mask, config=CPConfig(kernel=kernel)
+    )
+    q, k, v, grad = (torch.randn(offsets[-1], n, 16, generator=generator).bfloat16() for n in (4, 2, 2, 4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = handler.core_attn(None, *leaves)
+    assert isinstance(out, Tensor)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3)], ids=str)
+def test_many_documents_are_several_launches(monkeypatch: pytest.MonkeyPatch, mask: Mask) -> None:
+    """So that neither a grid nor what a backward pass holds for each task grows with them."""
+    lengths = [5, 1, 9, 2, 7, 1, 1, 12, 3, 4]
+    whole = answers("reference", lengths, mask)
+    monkeypatch.setattr(VarlenKernel, "most_tasks", 4)
+    with kernels_on_cpu() as calls:
+        clear_plan_cache()
+        parts = answers("double_torch_flash", lengths, mask)
+    assert calls.count("flash forward") == calls.count("flash backward") == 3
+    for part, expected in zip(parts, whole, strict=True):
+        assert relative_error(part.double(), expected.double()) < 0.01
+
+
+def test_cudnn_is_given_no_packed_sequences_and_none_of_one_row() -> None:
+    lengths = [5, 1, 9, 2]
+    whole = answers("reference", lengths, Causal())
+    with kernels_on_cpu() as calls:
+        clear_plan_cache()
+        parts = answers("double_torch_cudnn", lengths, Causal())
+    assert (calls.count("cudnn forward"), calls.count("cudnn backward")) == (3, 3)
+    for part, expected in zip(parts, whole, strict=True):
+        assert relative_error(part.double(), expected.double()) < 0.01
+
+
+def test_rows_that_vectors_cannot_be_read_from_are_copied() -> None:
+    rows = torch.randn(6, 2, 2, 24).bfloat16()
+    aligned = rows[..., :16], rows[::2], rows[:, :1], rows.transpose(1, 2), rows[:, :, :, 8:16]
+    assert all(_is_aligned(x) for x in aligned)
+    odd = torch.randn(6, 2, 2, 20).bfloat16()[..., :16]
+    for x in (rows[..., 1:17], odd, rows.transpose(-1, -2)):
+        assert not _is_aligned(x)
+
+
 def test_a_step_of_an_exchange_makes_one_launch(ranks: RankPool) -> None:
     """Four steps of a ring: the local one is causal, the others are rectangles, whatever the number of documents."""
     for found in ranks.run(step, "ring", Causal(), LENGTHS):
@@ -110,10 +166,11 @@ def test_all_tables_of_a_block_come_in_one_copy() -> None:
     """Of several windows over padded documents: offsets, rows to gather and rows to add to, forward and backward."""
     with mock.patch.dict(operators.DOUBLES, HOLLOW), kernels_on_cpu():
         clear_plan_cache()
-        offsets = {"cu_seqlens_q": [0, 6, 26, 27, 33, 53], "cu_seqlens_q_padded": [0, 8, 29, 32, 38, 60]}
+        offsets = {"cu_seqlens_q": [0, 16, 36, 50, 64, 84], "cu_seqlens_q_padded": [0, 18, 39, 54, 68, 90]}
         config = CPConfig(kernel="double_torch_flash")
-        handler = get_cp_handler_cls("local")(qkv_format="thd", mask=SlidingWindow(9), config=config, **offsets)
-        q = torch.randn(60, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+        mask = PerDocument((SlidingWindow(9), SlidingWindow(3), SlidingWindow(9), SlidingWindow(3), Full()))
+        handler = get_cp_handler_cls("local")(qkv_format="thd", mask=mask, config=config, **offsets)
+        q = torch.randn(90, 2, 16, dtype=torch.bfloat16, requires_grad=True)
         with mock.patch.object(Buffer, "write", autospec=True, side_effect=Buffer.write) as written:
             handler.core_attn(None, q, q, q).sum().backward()
     assert written.call_count == 1

@@ -21,6 +21,7 @@ from cphandler import (
     InvalidValueError,
     LayoutHandler,
     MissingPackageError,
+    SlidingWindow,
     UnsupportedError,
     available_cp_handlers,
     get_cp_handler_cls,
@@ -30,8 +31,8 @@ from cphandler.handler import factory
 from cphandler.kernels import Asked, candidates, flash_attn_2, flash_attn_3, flash_attn_4, packages, select_kernel
 from cphandler.kernels.packages import Package
 from cphandler.kernels.reference import ReferenceKernel
-from cphandler.testing import assert_close
-from tests.doubles.packages import MODULES, Modules, kernels_on_cpu
+from cphandler.testing import assert_close, relative_error
+from tests.doubles.packages import MODULES, Modules, flash_attn_3_module, flash_attn_3_older_module, kernels_on_cpu
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {"flash_attn_2": flash_attn_2, "flash_attn_3": flash_attn_3, "flash_attn_4": flash_attn_4}
@@ -413,3 +414,21 @@ def test_a_release_comes_after_its_pre_releases() -> None:
     assert packages.numbers("2.8.3.post2") == packages.numbers("2.8.3+cu13")
     assert packages.numbers("4.0.0") >= flash_attn_4.PACKAGE.oldest
     assert packages.shown(flash_attn_4.PACKAGE.oldest) == "4.0.0b36"
+
+
+@pytest.mark.parametrize("module", [flash_attn_3_module, flash_attn_3_older_module])
+def test_states_of_flash_attn_3(module: Any) -> None:
+    """An older one asks for all that it knows, most of which is nothing here."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v, grad = (torch.randn(40, n, 16, generator=generator).bfloat16() for n in (4, 2, 2, 4))
+    results = []
+    with kernels_on_cpu(90, {**MODULES, "flash_attn_interface": ("flash_attn_3", "3.0.0", module)}):
+        for kernel in ("double_flash_attn_3", "reference"):
+            made = get_cp_handler_cls("local")(
+                qkv_format="thd", cu_seqlens_q=[0, 11, 40], mask=SlidingWindow(7), config=CPConfig(kernel=kernel)
+            )
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = made.core_attn(None, *leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found.double(), expected.double()) < 0.01

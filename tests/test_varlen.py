@@ -76,7 +76,7 @@ def local_step(lengths: list[int], mask: Mask, batch: int = 1) -> list[Launch]:
     """The launches of rank 1 of 4 over its own keys, on zigzag."""
     offsets = np.cumsum([0, *lengths]).tolist()
     plan = plan_batch(offsets, cp_size=4, mask=mask, ranks=[1]).plan(1)
-    return launches(cut(plan.tasks[plan.tasks[:, 0] == 1][:, 1:]), batch, CPU)
+    return launches(cut(plan.tasks[plan.tasks[:, 0] == 1][:, 1:]), batch, CPU, 1024)
 
 
 @pytest.mark.parametrize(("mask", "windows"), [(Causal(), {(-1, 0)}), (Full(), {(-1, -1)})])
@@ -102,7 +102,7 @@ def test_a_batch_repeats_the_offsets() -> None:
 
 def test_rows_that_come_twice_come_in_turns() -> None:
     table = Tasks.of(Task(0, 3, 0, 4, -UNBOUNDED, UNBOUNDED), Task(1, 3, 5, 4, -UNBOUNDED, UNBOUNDED)).table
-    (launch,) = launches(cut(table), 1, CPU)
+    (launch,) = launches(cut(table), 1, CPU, 1024)
     assert launch.queries.rows is None
     rows = [index.tolist() for _, index in launch.queries.turns]
     assert rows == [[0, 1, 2, 3], [1, 2]]

@@ -103,9 +103,13 @@ def _checked(kernel: Kernel, shape: Shape, samples: tuple[Sample, ...]) -> Row:
     if refusal is not None:
         return Row("kernels", what, "refused", note=refusal)
     worst, where = 0.0, ""
-    for sample, name, found in _errors(kernel, shape, samples):
-        if not found <= worst:  # NaN is the worst
-            worst, where = found, f"{name} of {sample}"
+    try:
+        for sample, name, found in _errors(kernel, shape, samples):
+            if not found <= worst:  # NaN is the worst
+                worst, where = found, f"{name} of {sample}"
+    except Exception as error:  # other kernels still have something to say, unless it is the device that is broken
+        note = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Row("kernels", what, WRONG, worst, note=f"after {where or 'nothing'}: {note}")
     verdict = OK if worst <= BOUNDS[shape.dtype] else WRONG
     return Row("kernels", what, verdict, worst, note=where)
 

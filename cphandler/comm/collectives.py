@@ -197,18 +197,20 @@ def agree(payload: bytes, group_name: str) -> list[bytes]:
     at = members(group_name)
     if at.size == 1:
         return [payload]
-    device = device_of(at.group)
-    rows = [bytearray(payload if peer == at.rank else len(payload)) for peer in range(at.size)]
-    everyone = [
-        torch.frombuffer(row, dtype=torch.uint8) for row in rows
-    ]  # read as bytes: what torch makes under one of
-    if device.type != "cpu":  # its transforms has no memory to be read
-        everyone = [row.to(device) for row in everyone]
+    device, length = device_of(at.group), len(payload)
+    room = bytearray(length * at.size)  # read as bytes: what torch makes under one of its transforms has no memory
+    room[at.rank * length : (at.rank + 1) * length] = payload
+    if device.type == "cpu":
+        everyone = [torch.frombuffer(room, dtype=torch.uint8, count=length, offset=i * length) for i in range(at.size)]
+    else:  # one copy there, and one back
+        whole = torch.frombuffer(room, dtype=torch.uint8).to(device)
+        everyone = list(whole.view(at.size, length))
     peers = [peer for peer in range(at.size) if peer != at.rank]
     mine, others = everyone[at.rank], [(everyone[peer], peer) for peer in peers]
 
     def arrived() -> list[bytes]:
-        return [bytes(row) for row in (rows if device.type == "cpu" else (row.cpu().numpy() for row in everyone))]
+        content = bytes(room) if device.type == "cpu" else whole.cpu().numpy().tobytes()
+        return [content[i * length : (i + 1) * length] for i in range(at.size)]
 
     record_sent("check", len(payload) * len(peers), len(peers))
     try:

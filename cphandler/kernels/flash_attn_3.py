@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cphandler.kernels.fused import NO_DROPOUT
-from cphandler.kernels.packages import Package, chosen, device_lacks, function, lacking, missing
+from cphandler.kernels.packages import Package, chosen, device_lacks, function, lacking, missing, required
 from cphandler.kernels.varlen import Inputs, Result, VarlenKernel
 
 PACKAGE = Package(
@@ -55,7 +55,8 @@ class FlashAttn3Kernel(VarlenKernel):
     def launch_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See :meth:`VarlenKernel.launch_forward`. One split, so that sums have one order."""
         call = function(PACKAGE, "_flash_attn_forward")
-        out, lse, *_ = call(inputs.q, inputs.k, inputs.v, **_options(call, inputs), **chosen(call, num_splits=1))
+        options = {**_options(call, inputs), **chosen(call, num_splits=1)}
+        out, lse, *_ = call(inputs.q, inputs.k, inputs.v, **options, **_others(call, 3, options))
         return out, lse
 
     def launch_backward(self, inputs: Inputs, result: Result) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +64,7 @@ class FlashAttn3Kernel(VarlenKernel):
         call = function(PACKAGE, "_flash_attn_backward")
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:3])
         into = {"dq": dq, "dk": dk, "dv": dv, "deterministic": inputs.softmax.deterministic}
+        options = {**into, **_options(call, inputs)}
         call(
             result.grad_out,
             inputs.q,
@@ -70,10 +72,15 @@ class FlashAttn3Kernel(VarlenKernel):
             inputs.v,
             result.out,
             result.lse,
-            **into,
-            **_options(call, inputs),
+            **options,
+            **_others(call, 6, options),
         )
         return dq, dk, dv
+
+
+def _others(call: Any, first: int, given: Mapping[str, Any]) -> dict[str, None]:
+    """Nothing for what an older state asks for without a default, behind the first parameters."""
+    return {name: None for name in required(call)[first:] if name not in given}
 
 
 def _options(call: Any, inputs: Inputs) -> dict[str, Any]:

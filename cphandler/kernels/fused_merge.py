@@ -14,8 +14,10 @@ from torch import Tensor
 ROWS = 8
 """Rows of a program: a guess, timed on no GPU yet."""
 
+# What differs from packing to packing is not specialized: each new kind of number would be compiled while ranks wait.
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["number", "rows", "out_b", "lse_b", "part_b", "norm_b", "norm_r", "norm_h"])
 def _merge(
     out,
     lse,
@@ -80,10 +82,14 @@ def merge_rows(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, i
     """
     if block_out.stride(-1) != 1:
         block_out = block_out.contiguous()
+    if block_out.numel() == 0:
+        return
+    if out.is_cuda and out.get_device() != torch.cuda.current_device():  # a launch goes where the process is
+        with torch.cuda.device(out.device):
+            merge_rows(out, lse, block_out, block_lse, index)
+        return
     batch, rows, heads, channels = block_out.shape
     number = batch * rows * heads
-    if number == 0:
-        return
     strides = (x.stride()[:3] for x in (out, lse, block_out, block_lse))
     _merge[(triton.cdiv(number, ROWS),)](
         out,
@@ -104,4 +110,4 @@ def merge_rows(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, i
 
 def takes(out: Tensor) -> bool:
     """Whether rows can be merged here: float32 on CUDA, channels side by side."""
-    return out.is_cuda and out.dtype == torch.float32 and out.stride(-1) == 1
+    return out.is_cuda and out.dtype == torch.float32 and out.dim() == 4 and out.stride(-1) == 1

@@ -112,26 +112,44 @@ class Launches(list[Launch]):
         return sides + sum(x.queries.nbytes + x.keys.nbytes for x in offsets if x is not None)
 
 
-def launches(table: Table, batch: int, device: torch.device) -> Launches:
-    """The fewest launches that compute some tasks: one for each distinct window.
+def launches(table: Table, batch: int, device: torch.device, most: int) -> Launches:
+    """The fewest launches that compute some tasks: one for each distinct window, and for so many tasks.
 
     Args:
         table: ``[n, 6]``: what :func:`~cphandler.kernels.shapes.cut` gave for tasks over one block of keys.
         batch: rows of the batch, in each of which they are computed.
         device: where tables are needed; one copy brings all of them.
+        most: tasks of a launch, those of all rows of the batch; a task is one even so.
     """
-    made = [_Host.of(window, part, batch) for window, part in grouped(table)]
+    each = max(1, most // batch)
+    made = [
+        _Host.of(window, part[first : first + each], batch)
+        for window, part in grouped(table)
+        for first in range(0, len(part), each)
+    ]
     tensors = iter(on_device([table for one in made for table in one.tables], device))
     return Launches(one.launch(tensors) for one in made)
 
 
 def grouped(table: Table) -> Iterator[tuple[Window, Table]]:
-    """Tasks that :func:`~cphandler.kernels.shapes.cut` gave by their window, each group in the order of its queries."""
-    left = np.where(table[:, LO] == -UNBOUNDED, UNLIMITED, -table[:, LO])
-    right = np.where(table[:, HI] == UNBOUNDED, UNLIMITED, table[:, HI])
-    for window in dict.fromkeys(zip(left.tolist(), right.tolist(), strict=True)):
-        part = table[(left == window[0]) & (right == window[1])]
-        yield Window(*window), part[np.lexsort((part[:, K], part[:, Q]))]
+    """Tasks that :func:`~cphandler.kernels.shapes.cut` gave by their window, each group in the order of its queries.
+
+    Windows that hide the same of a square are one for it: a document of one token is causal, or full, or in any window,
+    as its neighbours are, and what lies between them stays one run of rows.
+    """
+    bounds = np.stack([-table[:, LO], table[:, HI]], axis=1)  # UNBOUNDED hides nothing
+    farthest = np.where(table[:, NQ] == table[:, NK], table[:, NK] - 1, UNBOUNDED)[:, None]
+    hides = np.minimum(bounds, farthest)
+    windows, which = np.unique(bounds, axis=0, return_inverse=True)
+    rows = np.bincount(which.reshape(-1), weights=table[:, NQ], minlength=len(windows))
+    left = np.ones(len(table), dtype=bool)
+    for window in windows[np.argsort(-rows, kind="stable")]:
+        chosen = left & (np.minimum(window, farthest) == hides).all(axis=1)
+        if chosen.any():
+            left &= ~chosen
+            part = table[chosen]
+            sides = [UNLIMITED if side == UNBOUNDED else int(side) for side in window]
+            yield Window(*sides), part[np.lexsort((part[:, K], part[:, Q]))]
 
 
 class _HostSide(NamedTuple):

@@ -32,7 +32,7 @@ def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, i
         block_lse: ``[B, n, N]``.
         index: ``[n]`` different rows that the block's belong to; None where n is L.
     """
-    fused = _fused() if out.is_cuda else None
+    fused = _fused(out.device) if out.is_cuda else None
     if fused is not None and fused.takes(out):
         fused.merge_rows(out, lse, block_out, block_lse, index)
         return
@@ -48,12 +48,18 @@ def merge_into(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor, i
 
 
 @lru_cache
-def _fused() -> ModuleType | None:
-    """The merge in one pass; None where there is no Triton, or one that does not work with this torch."""
+def _fused(device: torch.device) -> ModuleType | None:
+    """The merge in one pass; None where there is no Triton, or one that does not work with this torch and device.
+
+    Tried once: Triton looks for a C compiler when it first launches, not when it is imported.
+    """
     try:
-        return import_module("cphandler.kernels.fused_merge")
+        fused = import_module("cphandler.kernels.fused_merge")
+        out, lse = torch.zeros(1, 1, 1, 16, device=device), torch.zeros(1, 1, 1, device=device)
+        fused.merge_rows(out, lse, out.clone(), lse.clone())
     except Exception:  # a broken Triton raises what it likes, and torch's operations do the same
         return None
+    return fused
 
 
 def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,14 @@ def parameters(call: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(plain).parameters)
 
 
+@lru_cache
+def required(call: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the parameters without a default, in order."""
+    plain: Any = getattr(call, "_init_fn", call)
+    known = inspect.signature(plain).parameters.values()
+    return tuple(one.name for one in known if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD)
+
+
 def lacking(package: Package, needs: Mapping[str, Iterable[str]]) -> str | None:
     """What installed functions do not have that is needed of them; None where all is there.
 

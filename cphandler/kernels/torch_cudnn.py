@@ -1,8 +1,10 @@
-"""cuDNN's attention inside torch: ``aten::_cudnn_attention_forward`` and its backward pass, dense and packed.
+"""cuDNN's attention inside torch: ``aten::_cudnn_attention_forward`` and its backward pass, a launch for each task.
 
-What it demands, and what this file therefore takes care of: dense batches have their heads before their rows; packed
-sequences lie contiguous, since it counts offsets in elements; the log-sum-exp of packed sequences is ``[rows, N, 1]``,
-that of dense batches has one dim more or less from version to version of torch. It promises no order of its sums.
+Packed sequences are not given to it: up to torch 2.11 at least the backward pass takes the head dim for the longest
+sequence (pytorch#186142), and plans are built anew for every call. What else it demands, and what this file therefore
+takes care of: heads before rows; more than one row and key; gradients laid out as outputs are, since plans are found
+again by the strides of queries, keys and values alone. The log-sum-exp has one dim more or less from version to version
+of torch. It promises no order of its sums.
 """
 
 from __future__ import annotations
@@ -19,47 +21,36 @@ from cphandler.kernels.varlen import Inputs, Result, VarlenKernel
 
 
 class TorchCudnnKernel(VarlenKernel):
-    """cuDNN's attention; float16 and bfloat16, head dims up to 128, grouped-query heads."""
+    """cuDNN's attention; float16 and bfloat16, head dims up to 128, grouped-query heads; for few and long documents."""
 
     name = "torch_cudnn"
     widest_head = 128
     takes_windows = False
+    most_tasks = 1
+    least_rows = 2
     refuses: ClassVar[Mapping[str, str]] = OPTIONS
 
     def launch_forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """See :meth:`VarlenKernel.launch_forward`."""
-        q, k, v = _arranged(inputs, inputs.q, inputs.k, inputs.v)
+        q, k, v = (x.transpose(1, 2) for x in inputs[:3])
         causal, scale = inputs.window.is_causal, inputs.softmax.scale
         out, lse, *_ = torch.ops.aten._cudnn_attention_forward(
-            q, k, v, None, *_sequences(inputs), True, 0.0, causal, False, scale=scale
+            q, k, v, None, None, None, q.shape[2], k.shape[2], True, 0.0, causal, False, scale=scale
         )
-        if inputs.offsets is not None:
-            return out, lse.reshape(q.shape[:2]).t()
         return out.transpose(1, 2), lse.reshape(q.shape[:3])
 
     def launch_backward(self, inputs: Inputs, result: Result) -> tuple[Tensor, Tensor, Tensor]:
         """See :meth:`VarlenKernel.launch_backward`."""
-        q, k, v, out, grad_out = _arranged(inputs, inputs.q, inputs.k, inputs.v, result.out, result.grad_out)
-        packed = inputs.offsets is not None
-        lse = result.lse.t().contiguous().unsqueeze(-1) if packed else result.lse
-        if not packed and _has_last_dim():
+        q, k, v, out = (x.transpose(1, 2) for x in (*inputs[:3], result.out))
+        grad_out, lse = result.grad_out.contiguous().transpose(1, 2), result.lse
+        if _has_last_dim():
             lse = lse.unsqueeze(-1)
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # without dropout nothing is drawn
-        causal, scale = inputs.window.is_causal, inputs.softmax.scale
+        lengths, causal, scale = (q.shape[2], k.shape[2]), inputs.window.is_causal, inputs.softmax.scale
         dq, dk, dv = torch.ops.aten._cudnn_attention_backward(
-            grad_out, q, k, v, out, lse, unused, unused, None, *_sequences(inputs), 0.0, causal, scale=scale
+            grad_out, q, k, v, out, lse, unused, unused, None, None, None, *lengths, 0.0, causal, scale=scale
         )
-        return (dq, dk, dv) if packed else (dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
-
-
-def _sequences(inputs: Inputs) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """Offsets, none for a dense batch, and the longest lengths."""
-    return inputs.offsets or (None, None, inputs.q.shape[1], inputs.k.shape[1])
-
-
-def _arranged(inputs: Inputs, *tensors: Tensor) -> list[Tensor]:
-    """Packed sequences contiguous, dense batches as ``[B, heads, rows, D]``."""
-    return [x.contiguous() if inputs.offsets is not None else x.transpose(1, 2) for x in tensors]
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 @lru_cache

@@ -14,12 +14,16 @@ from cphandler.kernels.fused import narrowed, padded
 from cphandler.kernels.kernel import Gradients, Kernel, Saved, Softmax
 from cphandler.kernels.launches import Gathered, Launch, Launches, Offsets, Window, launches
 from cphandler.kernels.reference import ReferenceKernel
-from cphandler.kernels.shapes import cut, plain
+from cphandler.kernels.shapes import NK, NQ, cut, plain
 from cphandler.kernels.sums import ALL, AttentionSum, RowSum
 from cphandler.kernels.task import Tasks
+from cphandler.tokens.intervals import UNBOUNDED
 
 ALIGNMENT = 8
 """Head dims of flash kernels are multiples of this."""
+
+VECTOR = 16
+"""Bytes that a kernel reads at once."""
 
 PARTS = 3
 """Channels that carry a gradient of the log-sum-exp: what float32 holds, in three numbers of bfloat16's 8 bits."""
@@ -93,6 +97,13 @@ class VarlenKernel(Kernel):
     takes_windows: ClassVar[bool] = True
     """Whether a launch may have a window other than none and causal; else such tasks are computed densely."""
 
+    most_tasks: ClassVar[int] = 1024
+    """Tasks of a launch. A grid of 65,535 is the hard limit; and the backward pass of flash kernels takes 128 rows of
+    float32 in every head for each task, however short it is: 4 MiB with 64 heads of 128."""
+
+    least_rows: ClassVar[int] = 1
+    """Rows and keys of the smallest task that a launch may have; smaller ones are computed densely."""
+
     takes_grad_lse: ClassVar[bool] = False
     """Whether the backward call has an argument for the gradient of the log-sum-exp."""
 
@@ -132,9 +143,11 @@ class VarlenKernel(Kernel):
 
     def _work(self, tasks: Tasks, batch: int, device: torch.device) -> Work:
         table = cut(tasks.table)
-        fits = np.ones(len(table), dtype=bool) if self.takes_windows else plain(table)
+        fits = np.asarray(table[:, [NQ, NK]].min(axis=1, initial=UNBOUNDED) >= self.least_rows)
+        if not self.takes_windows:
+            fits &= plain(table)
         rest = None if fits.all() else Tasks(table[~fits])
-        return Work(launches(table[fits], batch, device), rest)
+        return Work(launches(table[fits], batch, device, self.most_tasks), rest)
 
     def _prepared_for(self, tasks: Tasks, q: Tensor) -> Work:
         """The work for as many rows of a batch as the queries have; made once and kept with the plan."""
@@ -215,9 +228,17 @@ def _in_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _packed(x: Tensor, launch: Launch) -> Tensor:
-    """``[B, rows, ...]`` as the kernel takes it, with a last stride of 1."""
+    """``[B, rows, ...]`` as the kernel takes it: a last stride of 1, and vectors of 16 bytes that lie on 16 bytes."""
     x = x.flatten(0, 1) if launch.offsets is not None else x
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if _is_aligned(x) else x.contiguous()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether each row of channels begins where a vector may be read; kernels look at this late, or never."""
+    if x.stride(-1) != 1 or x.data_ptr() % VECTOR:
+        return False
+    each = x.element_size()
+    return all(size == 1 or stride * each % VECTOR == 0 for size, stride in zip(x.shape[:-1], x.stride(), strict=False))
 
 
 def _unpacked(x: Tensor, launch: Launch, batch: int) -> Tensor:
