@@ -26,25 +26,13 @@ from cphandler import (
     token_log_probs,
     token_mean,
 )
+from cphandler.comm.groups import Place
 from cphandler.testing import RankPool, partition_group
 from cphandler.training.reductions import REDUCTIONS
 
 
-class _Seat:
-    """A group that can only say who it is."""
-
-    def __init__(self, size: int, rank: int) -> None:
-        self._size, self._rank = size, rank
-
-    def size(self) -> int:
-        return self._size
-
-    def rank(self) -> int:
-        return self._rank
-
-
 def test_a_group_that_cannot_communicate_gives_no_parts_of_sums() -> None:
-    apart = get_cp_handler_cls("ring")(cp_group=_Seat(4, 1), qkv_format="thd", cu_seqlens_q=[0, 16])
+    apart = get_cp_handler_cls("ring")(cp_group=Place(4, 1), qkv_format="thd", cu_seqlens_q=[0, 16])
     alone = get_cp_handler_cls("local")(qkv_format="thd", cu_seqlens_q=[0, 4])
     labels, values = torch.zeros(4, dtype=torch.int64), torch.ones(4)
     calls: list[tuple[str, Any]] = [
@@ -62,8 +50,8 @@ def test_a_group_that_cannot_communicate_gives_no_parts_of_sums() -> None:
         with pytest.raises(InvalidValueError, match="cannot communicate"):
             call(apart)
         with pytest.raises(InvalidValueError, match="cannot communicate"):
-            call(alone, group=_Seat(2, 0))
-        assert torch.equal(call(alone, group=_Seat(1, 0)), call(alone))
+            call(alone, group=Place(2, 0))
+        assert torch.equal(call(alone, group=Place(1, 0)), call(alone))
     with pytest.raises(InvalidValueError, match="cannot communicate"):
         gather_last_tokens(values, apart)
 

@@ -70,11 +70,6 @@ class Indices(NamedTuple):
         flat = torch.cat(given) if len(given) > 1 else given[0] if given else None
         return flat, [-1 if x is None else len(x) for x in self]
 
-    @staticmethod
-    def group_in(names: Any) -> str:
-        """The group's name in the last of :meth:`packed`."""
-        return str(names).split("\n")[2]
-
     @classmethod
     def unpacked(cls, flat: Tensor | None, places: int, queries: int, owners: int) -> Indices:
         """The indices that :meth:`packed` gave."""

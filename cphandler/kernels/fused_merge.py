@@ -14,6 +14,7 @@ from torch import Tensor
 ROWS = 8
 """Rows of a program: a guess, timed on no GPU yet."""
 
+
 # What differs from packing to packing is not specialized: each new kind of number would be compiled while ranks wait.
 
 

@@ -58,6 +58,27 @@ def check_rows(name: str, x: object, dtypes: tuple[torch.dtype, ...], kind: str)
         raise InvalidTypeError(f"{name} must hold numbers", got="a tensor on meta", fix="move it to a device")
 
 
+def check_mask(mask: object, values: Tensor) -> None:
+    """Refuse what does not say of each of some values whether it counts.
+
+    Args:
+        mask: bool, or weights.
+        values: one number for each token.
+
+    Raises:
+        InvalidTypeError: no tensor of bool or numbers.
+        InvalidValueError: another shape.
+    """
+    check_rows("mask", mask, MASKS, "bool or numbers")
+    assert isinstance(mask, Tensor)
+    if mask.shape != values.shape:
+        raise InvalidValueError(
+            "mask must have the shape of the values",
+            got=f"{list(mask.shape)} beside {list(values.shape)}",
+            fix="dispatch both, with pad_value=0 for the mask",
+        )
+
+
 def check_floats(name: str, x: object) -> None:
     """Rows in a dtype that losses compute in.
 

@@ -13,7 +13,7 @@ from cphandler.comm.groups import GroupSource
 from cphandler.errors import InvalidTypeError, InvalidValueError
 from cphandler.handler.contract import ContextParallelHandler
 from cphandler.precision import accumulator_dtype
-from cphandler.training.arguments import MASKS, check_floats, check_rows, checked_divisor, checked_handler
+from cphandler.training.arguments import check_floats, check_mask, checked_divisor, checked_handler
 from cphandler.training.log_probs import token_log_probs
 from cphandler.training.rows import (
     agreed,
@@ -213,13 +213,7 @@ DIVISORS = {
 
 def _check(values: Tensor, mask: Tensor, reduction: str, divisors: dict[str, float | Tensor | None]) -> None:
     check_floats("values", values)
-    check_rows("mask", mask, MASKS, "bool or numbers")
-    if mask.shape != values.shape:
-        raise InvalidValueError(
-            "mask must have the shape of the values",
-            got=f"{list(mask.shape)} beside {list(values.shape)}",
-            fix="dispatch both, with pad_value=0 for the mask",
-        )
+    check_mask(mask, values)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise InvalidValueError("unknown reduction", got=short_repr(reduction), fix=f"choose {', '.join(REDUCTIONS)}")
     for name, divisor in divisors.items():

@@ -16,7 +16,7 @@ from cphandler.tensors import check_plain, device_copy
 from cphandler.tokens.counts import checked_flag
 from cphandler.tokens.documents import Documents
 from cphandler.tokens.intervals import Flags, Table
-from cphandler.training.arguments import MASKS, check_floats, check_rows, checked_handler
+from cphandler.training.arguments import MASKS, check_floats, check_mask, check_rows, checked_handler
 from cphandler.training.reductions import sum_over_tokens
 from cphandler.training.rows import (
     agreed,
@@ -216,7 +216,10 @@ def _last_rows(
     def check() -> tuple[Tensor, Tensor, tuple[str, ...]]:
         values = rows()
         real = real_rows(handler, values, check_one_per_token("values", values, handler))
-        return values, real if mask is None else real & _counting(mask, values), holders(handler)
+        if mask is not None:
+            check_mask(mask, values)
+            real = real & (mask != 0)
+        return values, real, holders(handler)
 
     values, real, names = agreed(handler, name, check, lambda found: str(list(found[0].shape)))
     sequence, number = sequence_numbers(values, handler)
@@ -226,18 +229,6 @@ def _last_rows(
         last = all_gather(last.unsqueeze(0), each).amax(0)
     owned = real if not number else real & (places == last.index_select(0, sequence).view(places.shape))
     return owned, sequence, number
-
-
-def _counting(mask: Tensor, values: Tensor) -> Tensor:
-    """Which tokens a mask counts."""
-    check_rows("mask", mask, MASKS, "bool or numbers")
-    if mask.shape != values.shape:
-        raise InvalidValueError(
-            "mask must have the shape of the values",
-            got=f"{list(mask.shape)} beside {list(values.shape)}",
-            fix="dispatch both, with pad_value=0 for the mask",
-        )
-    return mask != 0
 
 
 def _dense(whole: Tensor, dim: int, handler: ContextParallelHandler, padding_value: float, *, nested: bool) -> Tensor:
